@@ -1,0 +1,124 @@
+// Moves pages over PCIe with few thread blocks. The link is the bottleneck, so all that counts is bytes in flight:
+// every lane issues kUnitsInFlight independent loads before its first write, of the widest access that all
+// addresses allow, and consecutive lanes touch consecutive bytes wherever both sides are contiguous.
+//
+// The bytes to move form one list of units (one access each), ordered pair, slab, run, offset; a warp takes
+// kUnitsInFlight * 32 consecutive units at a time, whatever slab or pair they belong to, so that short slabs
+// (one token, one layer) keep as many bytes in flight as long ones.
+#include <algorithm>
+#include <cstdint>
+
+#include "copy_cuda.h"
+
+namespace kvpool {
+namespace {
+
+constexpr int kWarpLanes = 32;
+constexpr int kWarpsPerBlock = 8;
+constexpr int kUnitsInFlight = 8;
+constexpr int kUnitsPerPiece = kUnitsInFlight * kWarpLanes;
+
+// grid: any; block: kWarpsPerBlock warps. kUnit: the type of one access, 16 to 1 bytes.
+template <typename Unit, Direction direction>
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes) CopyPages(const __grid_constant__ PageCopy copy) {
+  const int first_slab = copy.LayerBegin();
+  if (first_slab < 0) return;
+  const uint32_t units_per_run = static_cast<uint32_t>(copy.run_bytes / sizeof(Unit));
+  const uint32_t units_per_slab = units_per_run * copy.num_outer * copy.num_inner;
+  const uint32_t units_per_pair = units_per_slab * copy.slabs_per_layer;
+  const int64_t num_units = copy.num_pairs * units_per_pair;
+
+  const int64_t warp = blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarpLanes;
+  const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
+  const uint32_t lane = threadIdx.x % kWarpLanes;
+
+  for (int64_t piece = warp * kUnitsPerPiece; piece < num_units; piece += num_warps * kUnitsPerPiece) {
+    const int64_t first_pair = piece / units_per_pair;
+    const uint32_t first_unit = static_cast<uint32_t>(piece - first_pair * units_per_pair);
+    Unit values[kUnitsInFlight];
+    Unit* targets[kUnitsInFlight];
+#pragma unroll
+    for (int k = 0; k < kUnitsInFlight; ++k) {
+      targets[k] = nullptr;
+      const uint32_t unit = first_unit + k * kWarpLanes + lane;
+      const int64_t pair = first_pair + unit / units_per_pair;
+      if (pair >= copy.num_pairs) continue;
+      const int32_t device_page = copy.device_pages[pair], host_page = copy.host_pages[pair];
+      if (!copy.Contains(device_page, host_page)) continue;
+      const uint32_t in_pair = unit % units_per_pair;
+      const uint32_t in_slab = in_pair % units_per_slab;
+      const Slab slab = copy.slabs[first_slab + in_pair / units_per_slab];
+      const uint32_t run = in_slab / units_per_run;
+      const int64_t in_run_bytes = int64_t{in_slab % units_per_run} * sizeof(Unit);
+      const uint32_t outer = run / copy.num_inner, inner = run % copy.num_inner;
+      char* device = At(slab.device, copy.device_strides, device_page, outer, inner) + in_run_bytes;
+      char* host = At(slab.host, copy.host_strides, host_page, outer, inner) + in_run_bytes;
+      // Read past the caches: a byte is used once, and the CPU may have changed host memory since the last read.
+      values[k] = __ldcv(reinterpret_cast<const Unit*>(direction == Direction::kLoad ? host : device));
+      targets[k] = reinterpret_cast<Unit*>(direction == Direction::kLoad ? device : host);
+    }
+#pragma unroll
+    for (int k = 0; k < kUnitsInFlight; ++k) {
+      if (targets[k] != nullptr) *targets[k] = values[k];
+    }
+  }
+}
+
+// The widest power of two, at most 16, that divides every address and length of `copy`.
+int64_t AccessBytes(const PageCopy& copy) {
+  uint64_t bits = 16 | copy.run_bytes;
+  for (const Strides& s : {copy.device_strides, copy.host_strides}) {
+    bits |= s.page_bytes | s.outer_bytes | s.inner_bytes;
+  }
+  for (int s = 0; s < copy.num_slabs; ++s) {
+    bits |= reinterpret_cast<uint64_t>(copy.slabs[s].device) | reinterpret_cast<uint64_t>(copy.slabs[s].host);
+  }
+  return static_cast<int64_t>(bits & ~(bits - 1));
+}
+
+// Calls visit(kernel of this access width and direction).
+template <typename Visit>
+auto VisitKernel(int64_t access_bytes, Direction direction, Visit visit) {
+  const auto of_unit = [&](auto unit) {
+    using Unit = decltype(unit);
+    return direction == Direction::kLoad ? visit(CopyPages<Unit, Direction::kLoad>)
+                                         : visit(CopyPages<Unit, Direction::kStore>);
+  };
+  switch (access_bytes) {
+    case 16: return of_unit(uint4{});
+    case 8: return of_unit(uint2{});
+    case 4: return of_unit(uint32_t{});
+    case 2: return of_unit(uint16_t{});
+    default: return of_unit(uint8_t{});
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchCopy(const PageCopy& copy, Direction direction, int64_t max_blocks, cudaStream_t stream) {
+  const int64_t access_bytes = AccessBytes(copy);
+  const int64_t slab_bytes = copy.run_bytes * copy.num_outer * copy.num_inner;
+  const int64_t num_units = copy.num_pairs * copy.slabs_per_layer * (slab_bytes / access_bytes);
+  constexpr int64_t kUnitsPerBlock = int64_t{kWarpsPerBlock} * kUnitsPerPiece;
+  const int64_t num_blocks = std::min((num_units + kUnitsPerBlock - 1) / kUnitsPerBlock, max_blocks);
+  if (num_blocks <= 0) return cudaSuccess;
+  return VisitKernel(access_bytes, direction, [&](auto* kernel) {
+    kernel<<<static_cast<unsigned>(num_blocks), kWarpsPerBlock * kWarpLanes, 0, stream>>>(copy);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t PreloadCopy() {
+  for (const int64_t access_bytes : {16, 8, 4, 2, 1}) {
+    for (const Direction direction : {Direction::kLoad, Direction::kStore}) {
+      const cudaError_t error = VisitKernel(access_bytes, direction, [](auto* kernel) {
+        cudaFuncAttributes attributes;
+        return cudaFuncGetAttributes(&attributes, kernel);
+      });
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace kvpool

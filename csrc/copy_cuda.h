@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "page_copy.h"
+
+namespace kvpool {
+
+// Enqueues `copy` on `stream` as one kernel of at most `max_blocks` thread blocks.
+// Does not wait, allocate or read device memory, so that it may be captured into a CUDA graph.
+cudaError_t LaunchCopy(const PageCopy& copy, Direction direction, int64_t max_blocks, cudaStream_t stream);
+
+// Loads the kernels into the current device's context: a CUDA graph capture must not meet a lazy load.
+cudaError_t PreloadCopy();
+
+}  // namespace kvpool

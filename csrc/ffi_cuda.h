@@ -1,0 +1,23 @@
+#pragma once
+
+#include <cstdint>
+
+#include "host_memory.h"
+#include "xla/ffi/api/c_api.h"
+
+extern "C" {
+XLA_FFI_Error* KvPoolLoadCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* KvPoolStoreCuda(XLA_FFI_CallFrame* call_frame);
+// The initialize stage of both, before every execution: loads the kernels.
+XLA_FFI_Error* KvPoolInitializeCuda(XLA_FFI_CallFrame* call_frame);
+}
+
+namespace kvpool {
+
+// The table that the CPU module keeps; to be set before the first call.
+void SetLiveMemory(const LiveMemory* live);
+
+// How often a handler has enqueued (or captured) a copy in this process: replays of a CUDA graph do not count.
+int64_t NumHandlerCalls();
+
+}  // namespace kvpool

@@ -1,0 +1,119 @@
+#include "host_memory.h"
+
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <system_error>
+#include <thread>
+
+namespace kvpool {
+namespace {
+
+constexpr int64_t kSmallPageBytes = 4096;
+constexpr int64_t kHugePageBytes = int64_t{2} << 20;
+
+std::atomic<bool> leave_to_exit{false};
+
+[[noreturn]] void ThrowErrno(int error, const char* what) {
+  throw std::system_error(error, std::generic_category(), what);
+}
+
+int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Where memory is missing on the node, another node's is better than none: preferred, not bound.
+void PreferNode(char* data, int64_t bytes, int node) {
+  constexpr int kPreferred = 1;  // MPOL_PREFERRED; the system call spares us libnuma
+  constexpr int kBits = 8 * sizeof(unsigned long);
+  unsigned long mask[16] = {};
+  if (node >= 16 * kBits) ThrowErrno(EINVAL, "numa_node");
+  mask[node / kBits] = 1ul << (node % kBits);
+  if (syscall(SYS_mbind, data, bytes, kPreferred, mask, 16 * kBits + 1, 0) != 0) ThrowErrno(errno, "mbind");
+}
+
+// Returns 0 or an errno.
+int PopulateOnThisThread(char* data, int64_t bytes) {
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE (Linux 5.14): an error where a touch would be a SIGBUS
+  while (madvise(data, bytes, kPopulateWrite) != 0) {
+    if (errno == EINTR || errno == EAGAIN) continue;
+    if (errno != EINVAL) return errno;
+    for (int64_t offset = 0; offset < bytes; offset += kSmallPageBytes) {
+      static_cast<volatile char*>(data)[offset] = 0;
+    }
+    break;
+  }
+  return 0;
+}
+
+// The last owner may be an array that XLA drops on any thread, under its own locks: only hand over.
+void Retire(HostMemory* memory) {
+  if (!memory->is_mapped()) {
+    delete memory;
+  } else if (!leave_to_exit) {
+    try {
+      std::thread([memory] { delete memory; }).detach();
+    } catch (const std::system_error&) {  // no thread to be had: rather a leak than a CUDA call here
+    }
+  }
+}
+
+}  // namespace
+
+LiveMemory& GetLiveMemory() {
+  static LiveMemory* const live = new LiveMemory;
+  return *live;
+}
+
+std::shared_ptr<HostMemory> HostMemory::Map(int64_t bytes, HugePages huge_pages, int numa_node) {
+  // Room to start on a huge page; an explicit mapping does so by itself and must be whole huge pages.
+  const bool is_explicit = huge_pages == HugePages::kExplicit;
+  const int64_t mapping_bytes = RoundUp(bytes, kHugePageBytes) + (is_explicit ? 0 : kHugePageBytes);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (is_explicit ? MAP_HUGETLB : 0);
+  void* mapping = mmap(nullptr, mapping_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (mapping == MAP_FAILED) ThrowErrno(errno, "mmap");
+
+  std::shared_ptr<HostMemory> memory(new HostMemory, Retire);
+  memory->mapping_ = static_cast<char*>(mapping);
+  memory->mapping_bytes_ = mapping_bytes;
+  memory->data_ = reinterpret_cast<char*>(RoundUp(reinterpret_cast<intptr_t>(mapping), kHugePageBytes));
+  memory->bytes_ = bytes;
+  try {
+    // Advice that a kernel may not know; without it pages are small, and the memory as good.
+    if (huge_pages == HugePages::kTransparent) madvise(mapping, mapping_bytes, MADV_HUGEPAGE);
+    if (huge_pages == HugePages::kNone) madvise(mapping, mapping_bytes, MADV_NOHUGEPAGE);
+    if (numa_node >= 0) PreferNode(memory->mapping_, mapping_bytes, numa_node);
+  } catch (...) {
+    memory->Unmap();
+    throw;
+  }
+  GetLiveMemory().Add(memory->data_, bytes);
+  return memory;
+}
+
+void HostMemory::Populate(int64_t begin, int64_t end, int num_threads) {
+  const int64_t share = RoundUp((end - begin + num_threads - 1) / num_threads, kHugePageBytes);
+  std::atomic<int> error{0};
+  std::vector<std::jthread> threads;
+  for (int64_t from = begin; from < end; from += share) {
+    threads.emplace_back([this, from, bytes = std::min(share, end - from), &error] {
+      if (const int e = PopulateOnThisThread(data_ + from, bytes)) error = e;
+    });
+  }
+  threads.clear();  // joins
+  if (error != 0) ThrowErrno(error, "populating host memory");
+}
+
+void HostMemory::Unmap() {
+  if (mapping_ == nullptr) return;
+  Close();
+  for (const Pin& pin : pins_) pin.unpin(pin);
+  pins_.clear();
+  munmap(mapping_, mapping_bytes_);
+  mapping_ = nullptr;
+}
+
+void HostMemory::LeaveToExit() { leave_to_exit = true; }
+
+}  // namespace kvpool

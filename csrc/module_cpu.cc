@@ -1,0 +1,183 @@
+// jax_kvpool._cpu: host memory, the CPU handlers, and a direct entry to the copy for tests below XLA.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include <cerrno>
+#include <system_error>
+
+#include "copy_cpu.h"
+#include "copy_plan.h"
+#include "ffi_cpu.h"
+#include "host_memory.h"
+#include "xla/ffi/api/c_api.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvpool {
+namespace {
+
+// ---- DLPack, as https://dmlc.github.io/dlpack specifies it (unversioned) ----
+
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DLManagedTensor {
+  DLTensor tensor;
+  void* context;
+  void (*deleter)(DLManagedTensor*);
+};
+
+struct Export {
+  DLManagedTensor managed;
+  int64_t shape[2];
+  std::shared_ptr<HostMemory> memory;
+};
+
+// The capsule of a uint8 array (num_rows, row_bytes) over all of `memory`, which lives as long as the array.
+// The deleter runs wherever the last array is dropped, without the GIL.
+nb::object ExportDlpack(const std::shared_ptr<HostMemory>& memory, int64_t num_rows, int device_type, int device_id) {
+  auto* exported = new Export{.managed = {}, .shape = {num_rows, memory->bytes() / num_rows}, .memory = memory};
+  exported->managed = {
+      .tensor = {.data = memory->data(),
+                 .device_type = device_type,
+                 .device_id = device_id,
+                 .ndim = 2,
+                 .type_code = 1,  // unsigned integer
+                 .type_bits = 8,
+                 .type_lanes = 1,
+                 .shape = exported->shape,
+                 .strides = nullptr,  // row-major
+                 .byte_offset = 0},
+      .context = exported,
+      .deleter = [](DLManagedTensor* self) { delete static_cast<Export*>(self->context); },
+  };
+  PyObject* capsule = PyCapsule_New(&exported->managed, "dltensor", [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, "dltensor")) return;  // consumed: its array calls the deleter
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor"));
+    managed->deleter(managed);
+  });
+  if (capsule == nullptr) {
+    delete exported;
+    nb::raise_python_error();
+  }
+  return nb::steal(capsule);
+}
+
+// ---- HostMemory ----
+
+// What Python holds: one owner of the memory beside the arrays over it.
+struct PyHostMemory {
+  std::shared_ptr<HostMemory> memory;
+
+  const std::shared_ptr<HostMemory>& Get() const {
+    if (!memory) throw nb::value_error("HostMemory is closed");
+    return memory;
+  }
+};
+
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> View(const PyHostMemory& self) {
+  auto* owner = new std::shared_ptr<HostMemory>(self.Get());
+  const nb::capsule capsule(owner, [](void* p) noexcept { delete static_cast<std::shared_ptr<HostMemory>*>(p); });
+  return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>((*owner)->data(), {size_t((*owner)->bytes())}, capsule);
+}
+
+void Close(PyHostMemory& self) {
+  if (!self.memory) return;
+  const std::shared_ptr<HostMemory> memory = std::move(self.memory);
+  self.memory = nullptr;
+  memory->Close();
+  const nb::gil_scoped_release release;
+  if (memory.use_count() == 1) memory->Unmap();
+}
+
+// ---- The copy without XLA ----
+
+using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+using ByteArray = nb::ndarray<uint8_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+
+void CopyPages(const std::vector<int64_t>& plan, bool is_load, ByteArray host, const std::vector<ByteArray>& arrays,
+               Ids device_pages, Ids host_pages, int32_t layer) {
+  if (device_pages.size() != host_pages.size()) throw nb::value_error("ids differ in length");
+  const CopyOperands operands = {
+      .host = {reinterpret_cast<char*>(host.data()), static_cast<int64_t>(host.size())},
+      .num_arrays = static_cast<int64_t>(arrays.size()),
+      .device_pages = device_pages.data(),
+      .host_pages = host_pages.data(),
+      .layer = &layer,
+      .num_pairs = static_cast<int64_t>(device_pages.size()),
+  };
+  const auto array = [&](int64_t i) -> Bytes {
+    return {reinterpret_cast<char*>(arrays[i].data()), static_cast<int64_t>(arrays[i].size())};
+  };
+  const auto run = [&](const PageCopy& copy) -> std::optional<std::string> {
+    CopyOnCpu(copy, is_load ? Direction::kLoad : Direction::kStore);
+    return std::nullopt;
+  };
+  if (const auto error = RunPlan(plan, operands, array, run)) throw nb::value_error(error->c_str());
+}
+
+}  // namespace
+}  // namespace kvpool
+
+NB_MODULE(_cpu, m) {
+  using namespace kvpool;
+
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const std::system_error& e) {
+      errno = e.code().value();
+      PyErr_SetFromErrnoWithFilename(PyExc_OSError, e.what());
+    }
+  });
+
+  m.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.attr("MAX_SLABS") = PageCopy::kMaxSlabs;
+  m.def("load_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolLoadCpu)); });
+  m.def("store_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolStoreCpu)); });
+  m.def("live_memory", [] { return nb::capsule(&GetLiveMemory(), "jax_kvpool.LiveMemory"); });
+  m.def("leave_to_exit", &HostMemory::LeaveToExit);
+
+  nb::enum_<HugePages>(m, "HugePages")
+      .value("NONE", HugePages::kNone)
+      .value("TRANSPARENT", HugePages::kTransparent)
+      .value("EXPLICIT", HugePages::kExplicit);
+
+  nb::class_<PyHostMemory>(m, "HostMemory")
+      .def(
+          "__init__",
+          [](PyHostMemory* self, int64_t num_bytes, HugePages huge_pages, int numa_node) {
+            new (self) PyHostMemory{HostMemory::Map(num_bytes, huge_pages, numa_node)};
+          },
+          "num_bytes"_a, "huge_pages"_a, "numa_node"_a)
+      .def_prop_ro("address", [](const PyHostMemory& self) { return reinterpret_cast<intptr_t>(self.Get()->data()); })
+      .def(
+          "populate",
+          [](const PyHostMemory& self, int64_t begin, int64_t end, int num_threads) {
+            self.Get()->Populate(begin, end, num_threads);
+          },
+          "begin"_a, "end"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("handle", [](const PyHostMemory& self) { return nb::capsule(self.Get().get(), "jax_kvpool.HostMemory"); })
+      .def("view", &View)
+      .def(
+          "dlpack",
+          [](const PyHostMemory& self, int64_t num_rows, std::pair<int, int> device) {
+            return ExportDlpack(self.Get(), num_rows, device.first, device.second);
+          },
+          "num_rows"_a, "device"_a)
+      .def("close", &Close);
+
+  m.def("copy_pages", &CopyPages, "plan"_a, "is_load"_a, "host"_a, "arrays"_a, "device_pages"_a, "host_pages"_a,
+        "layer"_a);
+}

@@ -1,0 +1,79 @@
+// jax_kvpool._cuda: the CUDA handlers, and the registration of host memory with CUDA.
+#include <cuda_runtime.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "ffi_cuda.h"
+#include "host_memory.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvpool {
+namespace {
+
+void Check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // a pending error would fail XLA's next call
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Runs on whatever thread unmaps the memory. Errors are ignored: at worst the driver keeps a registration of
+// memory that the process no longer has.
+void Unpin(const Pin& pin) {
+  int previous = 0;
+  if (cudaGetDevice(&previous) != cudaSuccess) return;
+  cudaSetDevice(pin.device);
+  cudaDeviceSynchronize();  // XLA may drop an array before the program that reads it has run
+  cudaHostUnregister(pin.data);
+  cudaSetDevice(previous);
+  cudaGetLastError();
+}
+
+// Pins [begin, end) of the memory behind `handle` (jax_kvpool._cpu.HostMemory.handle()) for `device`.
+void PinMemory(const nb::capsule& handle, int64_t begin, int64_t end, int device) {
+  auto* memory = static_cast<HostMemory*>(handle.data("jax_kvpool.HostMemory"));
+  const nb::gil_scoped_release release;
+  int previous = 0;
+  Check(cudaGetDevice(&previous), "cudaGetDevice");
+  Check(cudaSetDevice(device), "cudaSetDevice");
+  int same_address = 0;
+  Check(cudaDeviceGetAttribute(&same_address, cudaDevAttrCanUseHostPointerForRegisteredMem, device),
+        "cudaDeviceGetAttribute");
+  if (!same_address) throw std::runtime_error("this GPU cannot use registered host memory at its host address");
+  char* data = memory->data() + begin;
+  Check(cudaHostRegister(data, end - begin, cudaHostRegisterPortable | cudaHostRegisterMapped), "cudaHostRegister");
+  memory->AddPin({data, device, Unpin});
+  Check(cudaSetDevice(previous), "cudaSetDevice");
+}
+
+// "0000:1b:00.0", as the kernel names the device under /sys/bus/pci/devices.
+std::string PciAddress(int device) {
+  char address[32];
+  Check(cudaDeviceGetPCIBusId(address, sizeof(address), device), "cudaDeviceGetPCIBusId");
+  for (char* c = address; *c != '\0'; ++c) *c = static_cast<char>(std::tolower(*c));
+  return address;
+}
+
+}  // namespace
+}  // namespace kvpool
+
+NB_MODULE(_cuda, m) {
+  using namespace kvpool;
+
+  m.def("load_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolLoadCuda)); });
+  m.def("store_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolStoreCuda)); });
+  m.def("initialize_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolInitializeCuda)); });
+  m.def(
+      "set_live_memory",
+      [](const nb::capsule& live) {
+        SetLiveMemory(static_cast<const LiveMemory*>(live.data("jax_kvpool.LiveMemory")));
+      },
+      "live"_a);
+  m.def("pin", &PinMemory, "handle"_a, "begin"_a, "end"_a, "device"_a);
+  m.def("pci_address", &PciAddress, "device"_a);
+  m.def("num_handler_calls", &NumHandlerCalls);
+}

@@ -1,0 +1,36 @@
+"""KV-cache pages between GPU and host memory, inside `jax.jit`."""
+
+from jax_kvpool._runtime import require_runtime
+
+require_runtime()
+
+from jax_kvpool.layout import (  # noqa: E402
+    DEVICE_LAYOUTS,
+    HOST_LAYOUTS,
+    RECORD_ALIGNMENT,
+    Layout,
+    PageSpec,
+    Slab,
+    fingerprint,
+)
+from jax_kvpool.memory import HostMemory  # noqa: E402
+from jax_kvpool.ops import DEFAULT_MAX_BLOCKS, PageStatus, load, page_status, store  # noqa: E402
+from jax_kvpool.pools import DevicePool, HostPool  # noqa: E402
+
+__all__ = [
+    "DEFAULT_MAX_BLOCKS",
+    "DEVICE_LAYOUTS",
+    "HOST_LAYOUTS",
+    "RECORD_ALIGNMENT",
+    "DevicePool",
+    "HostMemory",
+    "HostPool",
+    "Layout",
+    "PageSpec",
+    "PageStatus",
+    "Slab",
+    "fingerprint",
+    "load",
+    "page_status",
+    "store",
+]

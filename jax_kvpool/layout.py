@@ -1,0 +1,349 @@
+"""What a page is, and where its bytes lie. Pure integers; knows nothing of JAX.
+
+A page of `page_size` tokens has one slab per layer and name ("k", "v", ...). A slab is an array
+`(page_size, *shape)` of `dtype`, where `shape` is what one token has: `(heads, dim)` for keys, `(dim,)` for a
+latent, `()` for one scale a token.
+
+A `Layout` is an order of the five axes `layer, kv, page, token, head`, outermost first, over a contiguous `dim`.
+Two of them, `layer` and `kv`, tell slabs apart; where one is missing from the order, it splits the pool into
+separate arrays. So the host pool, which is one run of bytes, names all five, and a device pool with an array for each
+layer and name is just `page, token, head`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import ml_dtypes  # noqa: F401  (teaches NumPy the names bfloat16, float8_e4m3fn, ...)
+import numpy as np
+
+__all__ = [
+    "DEVICE_LAYOUTS",
+    "HOST_LAYOUTS",
+    "RECORD_ALIGNMENT",
+    "Layout",
+    "PageSpec",
+    "Placement",
+    "Slab",
+    "SlabPlace",
+    "fingerprint",
+]
+
+RECORD_ALIGNMENT: Final = 4096
+"""Bytes. Every page record starts on a multiple of it, as O_DIRECT and RDMA ask."""
+
+_FORMAT_VERSION: Final = 1
+_SPLITTING_AXES: Final = ("layer", "kv")
+_AXES: Final = ("layer", "kv", "page", "token", "head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slab:
+    """The bytes of one page in one layer under one name: an array `(page_size, *shape)` of `dtype`.
+
+    Attributes:
+      name: what the engine calls it: "k", "v", "latent", "k_scale", ...
+      layer: which layer, from 0.
+      shape: the shape of one token: `(heads, dim)`, `(dim,)` or `()`. With two or more dimensions the first one is
+        the `head` axis.
+      dtype: NumPy's name of the dtype, `"bfloat16"`, `"float8_e4m3fn"`, `"uint8"`, ... A dtype under one byte has
+        no address of its own: keep int4 as `"uint8"`, two to a byte.
+    """
+
+    name: str
+    layer: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        dtype = np.dtype(self.dtype)
+        if "int2" in dtype.name or "int4" in dtype.name or "float4" in dtype.name:
+            raise ValueError(f"dtype: {dtype.name} of slab {self.name!r} is under one byte; pass its bytes as uint8")
+        object.__setattr__(self, "dtype", dtype.name)
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        if self.layer < 0 or any(n <= 0 for n in self.shape):
+            raise ValueError(f"slab {self.name!r}: layer {self.layer} and shape {self.shape} must be positive")
+
+    @property
+    def num_heads(self) -> int:
+        return self.shape[0] if len(self.shape) >= 2 else 1
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def dim_bytes(self) -> int:
+        """Bytes of one token and one head."""
+        return math.prod(self.shape) // self.num_heads * self.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class PageSpec:
+    """What a page is: `page_size` tokens of every slab.
+
+    The slabs are kept in order of layer, then as given. Layers may differ in their slabs, and slabs in shape and
+    dtype.
+    """
+
+    slabs: tuple[Slab, ...]
+    page_size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slabs", tuple(sorted(self.slabs, key=lambda s: s.layer)))
+        if self.page_size <= 0 or not self.slabs:
+            raise ValueError(f"a page needs tokens and slabs, got page_size={self.page_size}, slabs={self.slabs}")
+        keys = [(s.name, s.layer) for s in self.slabs]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"slabs: a name occurs twice in a layer: {sorted(k for k in keys if keys.count(k) > 1)}")
+
+    @staticmethod
+    def uniform(page_size: int, num_layers: int, slabs: Mapping[str, tuple[Sequence[int], Any]]) -> PageSpec:
+        """The spec of equal layers: `slabs` maps a name to one token's `(shape, dtype)`.
+
+        >>> PageSpec.uniform(16, 32, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}).slab_bytes
+        4194304
+        """
+        return PageSpec(
+            tuple(
+                Slab(name, layer, tuple(shape), np.dtype(dtype).name)
+                for layer in range(num_layers)
+                for name, (shape, dtype) in slabs.items()
+            ),
+            page_size,
+        )
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.slabs, self.page_size))
+
+    def __hash__(self) -> int:  # a spec is a static argument of every jitted call
+        return self._hash
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names in order of first appearance: the `kv` axis."""
+        return tuple(dict.fromkeys(s.name for s in self.slabs))
+
+    @functools.cached_property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(s.layer for s in self.slabs))
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of all slabs of a page, without padding: what a load or store of one page moves."""
+        return self.page_size * sum(s.num_heads * s.dim_bytes for s in self.slabs)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlabPlace:
+    """Where a slab lies: byte `offset + page * page_stride + token * token_stride + head * head_stride` of array
+    `array` begins `slab.dim_bytes` contiguous bytes."""
+
+    slab: Slab
+    array: int = 0
+    offset: int = 0
+    page_stride: int = 0
+    token_stride: int = 0
+    head_stride: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A spec in a layout: where every slab of every page lies.
+
+    Attributes:
+      num_pages: pages in the pool.
+      places: one `SlabPlace` for each slab, in the spec's order.
+      array_bytes: bytes of each array.
+      array_keys: what tells the arrays apart: `(layer or None, name or None)`.
+      records: `(offset, bytes, padding)` of each record of page 0; the records of page p begin `p * bytes` later.
+        Empty for a layout whose pages are not contiguous.
+    """
+
+    num_pages: int
+    places: tuple[SlabPlace, ...]
+    array_bytes: tuple[int, ...]
+    array_keys: tuple[tuple[int | None, str | None], ...]
+    records: tuple[tuple[int, int, int], ...]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the pool a page, padding included."""
+        return sum(self.array_bytes) // self.num_pages
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Some slabs laid out from byte 0: where, how many bytes, aligned to what."""
+
+    places: tuple[SlabPlace, ...]
+    num_bytes: int
+    alignment: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """An order of axes, outermost first; see the module's docstring.
+
+    Attributes:
+      order: `page`, `token`, `head` and, unless they split the pool into arrays, `layer` and `kv`.
+      merges_tokens: device pools only: arrays are `(num_pages * page_size, ...)` instead of
+        `(num_pages, page_size, ...)`; the same bytes.
+
+    Slabs side by side along `layer` or `kv` start where C would put the members of a struct: each on a multiple of its
+    own alignment, which is the largest item size in it.
+    """
+
+    order: tuple[str, ...]
+    merges_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", tuple(self.order))
+        if len(set(self.order)) != len(self.order) or not {"page", "token", "head"} <= set(self.order) <= set(_AXES):
+            raise ValueError(f"order: expected page, token, head and at most layer and kv, each once, got {self.order}")
+        if self.merges_tokens and "page token" not in " ".join(self.order):
+            raise ValueError(f"merges_tokens: needs token right after page in the order, got {self.order}")
+
+    @staticmethod
+    def parse(order: str) -> Layout:
+        """`Layout.parse("page layer kv token head")`."""
+        return Layout(tuple(order.replace(",", " ").split()))
+
+    @property
+    def records_per_page(self) -> int | None:
+        """1: a page is one record; None: one for each name; 0: pages are not contiguous."""
+        outside = self.order[: self.order.index("page")]
+        return 1 if not outside and set(_AXES) == set(self.order) else None if outside == ("kv",) else 0
+
+    def place(self, spec: PageSpec, num_pages: int) -> Placement:
+        """Places every slab of `num_pages` pages. Raises `ValueError` if the spec does not fit the order, for
+        instance `head` outside of `layer` where layers differ in their number of heads."""
+        return _place(spec, self, num_pages)
+
+    def _lay_out(self, axes: tuple[str, ...], slabs: Sequence[Slab], spec: PageSpec, num_pages: int) -> _Part:
+        """Lays out `slabs` along `axes`, outermost first."""
+        if not axes:
+            (slab,) = slabs
+            return _Part((SlabPlace(slab),), slab.dim_bytes, slab.itemsize)
+        axis, inner_axes = axes[0], axes[1:]
+        if axis in _SPLITTING_AXES:
+            return _side_by_side(
+                [self._lay_out(inner_axes, group, spec, num_pages) for group in _groups(slabs, axis, spec)]
+            )
+        extents = {"page": num_pages, "token": spec.page_size}
+        heads = {s.num_heads for s in slabs}
+        if axis == "head" and len(heads) > 1:
+            raise ValueError(f"layout {self.order}: slabs with {sorted(heads)} heads cannot share the axis head")
+        extent = heads.pop() if axis == "head" else extents[axis]
+        part = self._lay_out(inner_axes, slabs, spec, num_pages)
+        stride = _round_up(part.num_bytes, part.alignment)
+        if axis == "page" and self.records_per_page != 0:
+            stride = _round_up(stride, RECORD_ALIGNMENT)
+        places = tuple(dataclasses.replace(p, **{f"{axis}_stride": stride}) for p in part.places)
+        return _Part(places, stride * extent, part.alignment)
+
+
+def _groups(slabs: Sequence[Slab], axis: str, spec: PageSpec) -> list[list[Slab]]:
+    """The slabs of each layer or each name, in the spec's order."""
+    if axis == "layer":
+        groups = [[s for s in slabs if s.layer == layer] for layer in spec.layers]
+    else:
+        groups = [[s for s in slabs if s.name == name] for name in spec.names]
+    return [group for group in groups if group]
+
+
+def _side_by_side(parts: Iterable[_Part]) -> _Part:
+    places: list[SlabPlace] = []
+    end, alignment = 0, 1
+    for part in parts:
+        begin = _round_up(end, part.alignment)
+        places += [dataclasses.replace(p, offset=p.offset + begin) for p in part.places]
+        end, alignment = begin + part.num_bytes, max(alignment, part.alignment)
+    return _Part(tuple(places), end, alignment)
+
+
+@functools.lru_cache(maxsize=256)
+def _place(spec: PageSpec, layout: Layout, num_pages: int) -> Placement:
+    if not 0 < num_pages < 2**31:
+        raise ValueError(f"num_pages: expected 1 to {2**31 - 1}, got {num_pages}")
+    # The missing axes split the slabs into arrays.
+    arrays: list[Sequence[Slab]] = [spec.slabs]
+    for axis in ("kv", "layer"):
+        if axis not in layout.order:
+            arrays = [group for slabs in arrays for group in _groups(slabs, axis, spec)]
+    parts = [layout._lay_out(layout.order, slabs, spec, num_pages) for slabs in arrays]
+    by_slab = {p.slab: dataclasses.replace(p, array=i) for i, part in enumerate(parts) for p in part.places}
+    keys = tuple(
+        (slabs[0].layer if "layer" not in layout.order else None, slabs[0].name if "kv" not in layout.order else None)
+        for slabs in arrays
+    )
+    places = tuple(by_slab[slab] for slab in spec.slabs)
+    return Placement(
+        num_pages, places, tuple(part.num_bytes for part in parts), keys, _records(layout, spec, places)
+    )
+
+
+def _records(layout: Layout, spec: PageSpec, places: tuple[SlabPlace, ...]) -> tuple[tuple[int, int, int], ...]:
+    if layout.records_per_page == 0:
+        return ()
+    groups = [places] if layout.records_per_page == 1 else [
+        tuple(p for p in places if p.slab.name == name) for name in spec.names
+    ]
+    records = []
+    for group in groups:
+        num_bytes = group[0].page_stride
+        used = spec.page_size * sum(p.slab.num_heads * p.slab.dim_bytes for p in group)
+        records.append((min(p.offset for p in group), num_bytes, num_bytes - used))
+    return tuple(records)
+
+
+HOST_LAYOUTS: Final[Mapping[str, Layout]] = {
+    "page_first": Layout.parse("page layer kv token head"),
+    "page_first_kv": Layout.parse("page kv layer token head"),
+    "layer_first": Layout.parse("kv layer page token head"),
+    "token_first": Layout.parse("kv page token layer head"),
+    "page_first_direct": Layout.parse("kv page layer token head"),
+    "page_head": Layout.parse("kv page head token layer"),
+}
+"""The named orders of a host pool. `page_first` is the default; `token_first` and `page_first_direct` are SGLang's
+`page_first` and `page_first_direct`, `page_head` keeps heads outermost in a page, so that any tensor-parallel size can
+read its part."""
+
+DEVICE_LAYOUTS: Final[Mapping[str, Layout]] = {
+    "per_layer": Layout.parse("page token head"),
+    "stacked": Layout.parse("layer page token head"),
+    "token_granular": Layout(("page", "token", "head"), merges_tokens=True),
+    "head_first": Layout.parse("head page token"),
+}
+"""The named orders of a device pool. `per_layer`: arrays `(num_pages, page_size, heads, dim)`, one for each layer and
+name; `stacked`: `(num_layers, num_pages, page_size, heads, dim)`, one for each name; `token_granular`:
+`(num_pages * page_size, heads, dim)`; `head_first`: `(heads, num_pages, page_size, dim)`, as JAX's Pallas paged
+attention reads it. Any other order is as good: `Layout.parse("kv page token head")` is one array
+`(2, num_pages, page_size, heads, dim)` a layer."""
+
+
+def fingerprint(spec: PageSpec, layout: Layout) -> str:
+    """Identifies the bytes of a page record: 32 hexadecimal digits, the same in every process and version.
+
+    SHA-256 (first 128 bits) of a canonical JSON of the format version, page size, slabs, order and alignment.
+    """
+    identity = {
+        "format": _FORMAT_VERSION,
+        "page_size": spec.page_size,
+        "slabs": [[s.name, s.layer, list(s.shape), s.dtype] for s in spec.slabs],
+        "order": list(layout.order),
+        "alignment": RECORD_ALIGNMENT,
+    }
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

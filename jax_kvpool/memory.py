@@ -1,0 +1,207 @@
+"""Pinned host memory: mapped by us, lent to JAX, unmapped when nobody looks at it any more. Knows nothing of JAX."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from jax_kvpool import _cpu
+from jax_kvpool._runtime import cuda_module
+
+__all__ = ["HostMemory", "available_bytes"]
+
+_HUGE_PAGES: Final = {
+    "none": _cpu.HugePages.NONE,
+    "transparent": _cpu.HugePages.TRANSPARENT,
+    "explicit": _cpu.HugePages.EXPLICIT,
+}
+_GIB: Final = 2**30
+# cudaHostRegister refuses 512 GiB or more at once on recent drivers. A piece is also a step of the progress.
+_PIECE_BYTES: Final = 4 * _GIB
+_PROGRESS_BAR_BYTES: Final = 8 * _GIB  # less takes under a second
+
+# At exit arrays may still own memory: the operating system takes it back.
+atexit.register(_cpu.leave_to_exit)
+
+
+class HostMemory:
+    """`num_bytes` bytes of zeros in host memory, present and, for a GPU, pinned.
+
+    Mapped with `mmap`, made present by many threads, registered with CUDA in pieces: ten times faster than
+    `cudaHostAlloc` (24 GB in 1.0 s against 15.4 s on an H100 machine). All or nothing: if any step fails, what was
+    done is undone and the error raised.
+
+    Ownership: this object and every array over the memory (NumPy views, JAX arrays through `dlpack`) are its owners.
+    `close()` makes handlers refuse the memory at once; it is unmapped when the last array is gone.
+
+    Args:
+      num_bytes: how many.
+      cuda_device: pin it for this CUDA device (its ordinal); `None`: plain memory.
+      boundary_bytes: pieces are registered on multiples of it, so that no record lies in two.
+      huge_pages: "transparent" (where the kernel has them free), "explicit" (from the reserved pool, or fail), "none".
+      numa_node: the preferred node; "auto": the one the GPU hangs on; `None`: wherever.
+      num_threads: how many make the pages present; default: one a core, at most 16.
+      progress: called with `(bytes done, num_bytes)` after every piece; by default a tqdm bar from 8 GiB on, if tqdm is
+        installed and stderr is a terminal.
+
+    Raises:
+      MemoryError: the machine or its cgroup has not that much free; nothing has been touched.
+      OSError: the kernel refused.
+      RuntimeError: CUDA refused to register the memory, or this build has no CUDA module.
+    """
+
+    def __init__(
+        self,
+        num_bytes: int,
+        *,
+        cuda_device: int | None = None,
+        boundary_bytes: int = 1,
+        huge_pages: Literal["transparent", "explicit", "none"] = "transparent",
+        numa_node: int | Literal["auto"] | None = "auto",
+        num_threads: int | None = None,
+        progress: Callable[[int, int], Any] | None = None,
+    ) -> None:
+        if num_bytes <= 0:
+            raise ValueError(f"num_bytes: expected a positive number, got {num_bytes}")
+        if huge_pages not in _HUGE_PAGES:
+            raise ValueError(f"huge_pages: expected one of {sorted(_HUGE_PAGES)}, got {huge_pages!r}")
+        cuda = None
+        if cuda_device is not None and (cuda := cuda_module()) is None:
+            raise RuntimeError("jax_kvpool was built without its CUDA module: build it where nvcc is found")
+        if num_bytes > (available := available_bytes(explicit_huge_pages=huge_pages == "explicit")):
+            raise MemoryError(
+                f"num_bytes: {num_bytes} bytes ({num_bytes / _GIB:.1f} GiB) wanted, {available} "
+                f"({available / _GIB:.1f} GiB) available with huge_pages={huge_pages!r}"
+            )
+        if numa_node == "auto":
+            numa_node = None if cuda is None else _numa_node(cuda.pci_address(cuda_device))
+
+        self.num_bytes: Final = num_bytes
+        self._memory = _cpu.HostMemory(num_bytes, _HUGE_PAGES[huge_pages], -1 if numa_node is None else numa_node)
+        try:
+            num_threads = num_threads or min(16, len(os.sched_getaffinity(0)))
+            piece_bytes = max(_PIECE_BYTES // boundary_bytes, 1) * boundary_bytes
+            with _progress_bar(num_bytes) if progress is None else contextlib.nullcontext(progress) as report:
+                for begin in range(0, num_bytes, piece_bytes):
+                    end = min(begin + piece_bytes, num_bytes)
+                    self._memory.populate(begin, end, num_threads)
+                    if cuda is not None:
+                        cuda.pin(self._memory.handle(), begin, end, cuda_device)
+                    report(end, num_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def address(self) -> int:
+        """Of the first byte; a multiple of 2 MiB. Raises `ValueError` if closed."""
+        return self._memory.address
+
+    def view(self, begin: int = 0, end: int | None = None, *, writable: bool = False) -> npt.NDArray[np.uint8]:
+        """Bytes `[begin, end)` as a NumPy array over the same memory, which it keeps mapped.
+
+        Raises `ValueError` if closed, `IndexError` if the range is not inside.
+        """
+        end = self.num_bytes if end is None else end
+        if not 0 <= begin <= end <= self.num_bytes:
+            raise IndexError(f"bytes [{begin}, {end}): expected a range inside [0, {self.num_bytes})")
+        view = self._memory.view()[begin:end]
+        view.flags.writeable = writable
+        return view
+
+    def dlpack(self, num_rows: int, device: tuple[int, int]) -> DlpackExport:
+        """The memory as a uint8 array `(num_rows, num_bytes // num_rows)` for a `from_dlpack`; `device` is DLPack's
+        `(device type, ordinal)`: `(1, 0)` for the CPU, `(3, n)` for memory pinned for CUDA device n."""
+        return DlpackExport(self._memory, num_rows, device)
+
+    def close(self) -> None:
+        """Ends the use of the memory: handlers refuse it from now on, and it is unmapped as soon as no array looks at
+        it; if none does, now, after the device has finished what it was given. Idempotent."""
+        self._memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class DlpackExport:
+    """What `jax.dlpack.from_dlpack` takes; see `HostMemory.dlpack`."""
+
+    def __init__(self, memory: _cpu.HostMemory, num_rows: int, device: tuple[int, int]) -> None:
+        self._memory, self._num_rows, self._device = memory, num_rows, device
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device
+
+    def __dlpack__(self, **_: Any) -> object:
+        return self._memory.dlpack(self._num_rows, self._device)
+
+
+@contextlib.contextmanager
+def _progress_bar(num_bytes: int) -> Iterator[Callable[[int, int], Any]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    if tqdm is None or num_bytes < _PROGRESS_BAR_BYTES:
+        yield lambda done, total: None
+        return
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="host memory", disable=None) as bar:
+        yield lambda done, total: bar.update(done - bar.n)
+
+
+def available_bytes(*, explicit_huge_pages: bool = False) -> int:
+    """What this process can still get: the machine's available memory (or its free reserved huge pages), and no more
+    than its cgroup and the cgroups around it allow."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+
+    def number(key: str) -> int:
+        return int(meminfo[key].split()[0])
+
+    if explicit_huge_pages:
+        return number("HugePages_Free") * number("Hugepagesize") * 1024
+    return min(number("MemAvailable") * 1024, *_cgroup_headrooms())
+
+
+def _cgroup_headrooms() -> Iterator[int]:
+    """Limit minus use of each memory cgroup around this process; version 2 and version 1."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        while True:
+            with contextlib.suppress(OSError, ValueError):  # no such file: no limit; "max" is no number
+                # File pages count as used, and are given back under pressure.
+                reclaimable = _memory_stat(group).get("inactive_file", 0)
+                yield int((group / limit).read_text()) - int((group / usage).read_text()) + reclaimable
+            if group == root:
+                break
+            group = group.parent
+
+
+def _memory_stat(group: Path) -> dict[str, int]:
+    lines = (group / "memory.stat").read_text().splitlines()
+    return {key: int(value) for key, value in (line.split() for line in lines)}
+
+
+def _numa_node(pci_address: str) -> int | None:
+    """The node a PCI device hangs on; None where the machine does not say."""
+    with contextlib.suppress(OSError):
+        node = int(Path(f"/sys/bus/pci/devices/{pci_address}/numa_node").read_text())
+        return node if node >= 0 else None
+    return None

@@ -1,0 +1,204 @@
+"""Moving pages inside jit: `load` (host to device) and `store` (device to host)."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_kvpool._runtime import LOAD_TARGET, STORE_TARGET, register_targets
+from jax_kvpool.plan import ALL_LAYERS, TRACED_LAYER, copy_plan
+from jax_kvpool.pools import DevicePool, HostPool
+
+__all__ = ["DEFAULT_MAX_BLOCKS", "PageStatus", "load", "page_status", "store"]
+
+DEFAULT_MAX_BLOCKS: Final = 8
+"""Thread blocks of a copy, at most."""
+
+
+def load(
+    device: DevicePool,
+    host: HostPool,
+    device_pages: ArrayLike,
+    host_pages: ArrayLike,
+    *,
+    layer: ArrayLike | None = None,
+    max_blocks: int = DEFAULT_MAX_BLOCKS,
+) -> DevicePool:
+    """Copies pages from the host pool to the device pool: `device[device_pages[i]] = host[host_pages[i]]` for all i.
+
+    Call it inside the jitted step, with `device` donated to the step and `host` a plain argument; outside of jit it is
+    jitted with `device` donated. Use the pool it returns: whatever is done with that comes after the copy.
+
+    Args:
+      device: the target; donated, and changed in place.
+      host: the source; read in place, never copied.
+      device_pages, host_pages: int32 arrays of one length. A pair with an id outside of its pool is skipped (pad with
+        -1); `page_status` says which. A page twice among the targets: either copy may win. Empty is fine.
+      layer: only this layer; an int, or a traced int32 (in a scan) if all layers are alike. Default: all.
+      max_blocks: thread blocks of the kernel, at most; more disturb the model, and fewer slow down the copy.
+
+    Returns:
+      The device pool.
+
+    Raises, when tracing:
+      ValueError: the specs disagree; a shape does not fit; there is no such layer; `host` was closed over by the
+        jitted function instead of passed.
+      TypeError: ids that are not int32.
+      JaxRuntimeError, from the running step: `host` is not the memory of an open `HostMemory`.
+    """
+    return _copy(LOAD_TARGET, device, host, device_pages, host_pages, layer, max_blocks)
+
+
+def store(
+    device: DevicePool,
+    host: HostPool,
+    device_pages: ArrayLike,
+    host_pages: ArrayLike,
+    *,
+    layer: ArrayLike | None = None,
+    max_blocks: int = DEFAULT_MAX_BLOCKS,
+) -> DevicePool:
+    """Copies pages from the device pool to the host pool: `host[host_pages[i]] = device[device_pages[i]]` for all i.
+
+    As `load`, in the other direction; the device pool is donated and returned unchanged, so that a later write to it
+    cannot overtake the copy. **A store whose returned pool is not used is dead code and not done.**
+
+    The pages have landed when any output of the program that stored them is ready.
+    """
+    return _copy(STORE_TARGET, device, host, device_pages, host_pages, layer, max_blocks)
+
+
+def _copy(
+    target: str,
+    device: DevicePool,
+    host: HostPool,
+    device_pages: ArrayLike,
+    host_pages: ArrayLike,
+    layer: ArrayLike | None,
+    max_blocks: int,
+) -> DevicePool:
+    if device.spec != host.spec:
+        raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
+    device_pages, host_pages = _page_ids("device_pages", device_pages), _page_ids("host_pages", host_pages)
+    if device_pages.shape != host_pages.shape:
+        raise ValueError(f"host_pages: expected {device_pages.size} ids, as device_pages has, got {host_pages.size}")
+    if max_blocks <= 0:
+        raise ValueError(f"max_blocks: expected a positive int, got {max_blocks}")
+    if layer is None:
+        static_layer, traced_layer = ALL_LAYERS, np.int32(0)
+    elif isinstance(layer, jax.core.Tracer):
+        static_layer, traced_layer = TRACED_LAYER, _layer_id(layer)
+    else:
+        static_layer, traced_layer = int(layer), np.int32(0)
+        if static_layer < 0:
+            raise ValueError(f"layer: expected one of {device.spec.layers}, got {layer}")
+    traced = [isinstance(x, jax.core.Tracer) for x in (*jax.tree.leaves(device), device_pages, host_pages)]
+    if any(traced) and not isinstance(host.array, jax.core.Tracer):
+        raise ValueError(
+            "host: this HostPool was closed over by the traced function, which would make it a constant of the "
+            "program; pass it as an argument of the jitted function"
+        )
+    arrays = device.flat_arrays()
+    expected = (host.num_pages, host.placement.page_bytes)
+    if host.array.shape != expected or host.array.dtype != jnp.uint8:
+        raise ValueError(
+            f"host: its array must be uint8{list(expected)}, got {host.array.dtype}{list(host.array.shape)}"
+            " (call it inside shard_map on a sharded pool)"
+        )
+    plan, used = copy_plan(
+        device.spec, device.layout, device.num_pages, host.layout, host.num_pages, static_layer
+    )
+    changed = _call(
+        target, plan, max_blocks, [arrays[i] for i in used], host.array, device_pages, host_pages, traced_layer
+    )
+    for index, array in zip(used, changed, strict=True):
+        arrays[index] = array
+    return device.with_flat_arrays(arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3, inline=True)
+def _call(
+    target: str,
+    plan: tuple[int, ...],
+    max_blocks: int,
+    arrays: list[jax.Array],
+    host: jax.Array,
+    device_pages: jax.Array,
+    host_pages: jax.Array,
+    layer: jax.Array,
+) -> list[jax.Array]:
+    register_targets()
+    call = jax.ffi.ffi_call(
+        target,
+        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays],
+        # Each array is its own result: in place if donated, and ordered before whatever uses the result.
+        input_output_aliases={4 + i: i for i in range(len(arrays))},
+    )
+    # XLA fuses a slice before a custom call, and an update after it, into the call, and forgets the aliases then:
+    # 0.11.2 and 0.12.0.1 refuse to compile a dynamic_update_slice of a result. The barriers keep both outside.
+    results = call(
+        host,
+        device_pages,
+        host_pages,
+        layer,
+        *jax.lax.optimization_barrier(arrays),
+        plan=np.array(plan, np.int64),
+        max_blocks=np.int64(max_blocks),
+    )
+    return jax.lax.optimization_barrier(list(results))
+
+
+def _page_ids(name: str, pages: ArrayLike) -> Any:
+    array = pages if isinstance(pages, jax.Array) else np.asarray(pages, None if np.size(pages) else np.int32)
+    if isinstance(array, np.ndarray) and array.dtype == np.int64 and not isinstance(pages, np.ndarray):
+        array = array.astype(np.int32)  # a list of Python ints
+    if array.dtype != np.int32:
+        raise TypeError(f"{name}: expected int32 page ids, got {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected a 1-D array of page ids, got shape {array.shape}")
+    return array
+
+
+def _layer_id(layer: jax.Array) -> jax.Array:
+    if layer.shape != () or layer.dtype != jnp.int32:
+        raise TypeError(f"layer: expected an int or a scalar int32, got {layer.dtype}{list(layer.shape)}")
+    return layer
+
+
+def _difference(device: DevicePool, host: HostPool) -> str:
+    if device.spec.page_size != host.spec.page_size:
+        return f"page_size {device.spec.page_size} on the device, {host.spec.page_size} on the host"
+    only = set(device.spec.slabs) ^ set(host.spec.slabs)
+    slab = min(only, key=lambda s: (s.layer, s.name)) if only else None
+    return f"for instance {slab}" if slab else "the order of names"
+
+
+class PageStatus(enum.IntEnum):
+    """What `load` and `store` do with a pair of page ids."""
+
+    COPIED = 0
+    PADDING = 1  # an id is -1
+    DEVICE_PAGE_OUT_OF_RANGE = 2
+    HOST_PAGE_OUT_OF_RANGE = 3
+
+
+def page_status(
+    device: DevicePool, host: HostPool, device_pages: jax.Array, host_pages: jax.Array
+) -> jax.Array:
+    """Says which pairs `load` and `store` copy and why they skip the others: an int32 array of `PageStatus`, one a pair.
+
+    Plain jnp on the ids: usable inside and outside of jit, on any device.
+    """
+    device_pages, host_pages = jnp.asarray(device_pages), jnp.asarray(host_pages)
+    status = jnp.where((host_pages < 0) | (host_pages >= host.num_pages), PageStatus.HOST_PAGE_OUT_OF_RANGE, PageStatus.COPIED)
+    status = jnp.where(
+        (device_pages < 0) | (device_pages >= device.num_pages), PageStatus.DEVICE_PAGE_OUT_OF_RANGE, status
+    )
+    status = jnp.where((device_pages == -1) | (host_pages == -1), PageStatus.PADDING, status)
+    return status.astype(jnp.int32)

@@ -1,0 +1,397 @@
+"""The two homes of pages as JAX sees them: layer-first arrays on the device, one page-first array in host memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_kvpool.layout import DEVICE_LAYOUTS, HOST_LAYOUTS, Layout, PageSpec, Placement, Slab
+from jax_kvpool.memory import HostMemory
+
+__all__ = ["DevicePool", "HostPool"]
+
+_DL_CPU, _DL_CUDA_HOST = 1, 3  # DLPack's device types
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class DevicePool:
+    """The engine's own arrays on the device, and what they hold. A pytree of the arrays; the rest is static.
+
+    Donate it to the jitted step and return it, as any cache: `load` and `store` change it in place and return it.
+    The arrays are wrapped, never copied.
+
+    Attributes:
+      arrays: the arrays, told apart by what `layout.order` lacks. Without `kv` and `layer` in it:
+        `{"k": [layer 0, layer 1, ...], "v": [...]}` with `None` for a layer that lacks the name; without `kv`:
+        `{"k": array, "v": array}`; without `layer`: `[layer 0, ...]`; with both: one array.
+      spec: what a page is. In a sharded pool: what one device holds of it.
+      layout: how the arrays lie.
+      num_pages: pages in the pool.
+    """
+
+    def __init__(self, arrays: Any, spec: PageSpec, layout: Layout, num_pages: int) -> None:
+        self.arrays = arrays
+        self.spec = spec
+        self.layout = layout
+        self.num_pages = num_pages
+
+    @classmethod
+    def wrap(
+        cls,
+        arrays: Any,
+        layout: Layout | str = "per_layer",
+        *,
+        page_size: int | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Self:
+        """Wraps an engine's arrays, and reads the `PageSpec` off their shapes and dtypes.
+
+        Args:
+          arrays: see `DevicePool.arrays`; concrete or traced. A sharded array counts with the shape of its shard.
+          layout: a key of `DEVICE_LAYOUTS`, or a `Layout`.
+          page_size: needed where the shapes do not show it: when the layout merges tokens.
+          names: the names of the `kv` axis, needed where it lies inside the arrays.
+
+        Raises:
+          ValueError: the shapes do not fit the layout, or disagree about the number or size of pages.
+        """
+        layout = _layout(layout, DEVICE_LAYOUTS)
+        keyed = _keyed(arrays, layout)
+        slabs: list[Slab] = []
+        pages: set[tuple[int, int]] = set()
+        for (layer, name), array in keyed.items():
+            new_slabs, num_pages, tokens = _slabs_of(array, layer, name, layout, page_size, names)
+            slabs += new_slabs
+            pages.add((num_pages, tokens))
+        if len(pages) != 1:
+            raise ValueError(f"arrays: (num_pages, page_size) must be the same in all, got {sorted(pages)}")
+        num_pages, tokens = pages.pop()
+        if page_size not in (None, tokens):
+            raise ValueError(f"page_size: the arrays have {tokens} tokens a page, got {page_size}")
+        return cls(arrays, PageSpec(tuple(slabs), tokens), layout, num_pages)
+
+    @classmethod
+    def create(
+        cls,
+        spec: PageSpec,
+        num_pages: int,
+        layout: Layout | str = "per_layer",
+        *,
+        device: jax.Device | jax.sharding.Sharding | None = None,
+    ) -> Self:
+        """A pool of new arrays of zeros, for who has none yet. `device`: where, as in `jnp.zeros`."""
+        layout = _layout(layout, DEVICE_LAYOUTS)
+        placement = layout.place(spec, num_pages)
+        flat = {}
+        for index, key in enumerate(placement.array_keys):
+            shape, dtype = _array_type(spec, layout, placement, index)
+            flat[key] = jnp.zeros(shape, dtype, device=device)
+        return cls(_nested(flat, layout, spec), spec, layout, num_pages)
+
+    def with_arrays(self, arrays: Any) -> Self:
+        """The same pool over new arrays, for instance after attention wrote new tokens.
+
+        Raises `ValueError` unless they have the structure, shapes and dtypes of the old ones.
+        """
+        old, new = (jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (self.arrays, arrays))
+        if old != new:
+            raise ValueError(f"arrays: expected {old}, got {new}")
+        return type(self)(arrays, self.spec, self.layout, self.num_pages)
+
+    @property
+    def placement(self) -> Placement:
+        return self.layout.place(self.spec, self.num_pages)
+
+    def flat_arrays(self) -> list[jax.Array]:
+        """The arrays in the order of `placement.array_keys`.
+
+        Raises `ValueError` if one has not the shape and dtype that spec and layout ask for.
+        """
+        keyed = _keyed(self.arrays, self.layout)
+        placement = self.placement
+        if set(keyed) != set(placement.array_keys):
+            raise ValueError(f"device: arrays {sorted(placement.array_keys, key=str)} expected, got {sorted(keyed, key=str)}")
+        for index, key in enumerate(placement.array_keys):
+            expected = _array_type(self.spec, self.layout, placement, index)
+            got = (_local_shape(keyed[key]), np.dtype(keyed[key].dtype))
+            if got != expected:
+                raise ValueError(
+                    f"device: array {key} must be {expected[1]}{list(expected[0])}, got {got[1]}{list(got[0])}"
+                    + (" (call it inside shard_map on a sharded pool)" if got[0] != expected[0] else "")
+                )
+        return [keyed[key] for key in placement.array_keys]
+
+    def with_flat_arrays(self, arrays: Sequence[jax.Array]) -> Self:
+        """The inverse of `flat_arrays`."""
+        flat = dict(zip(self.placement.array_keys, arrays, strict=True))
+        return type(self)(_nested(flat, self.layout, self.spec), self.spec, self.layout, self.num_pages)
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        return ((jax.tree_util.GetAttrKey("arrays"), self.arrays),), (self.spec, self.layout, self.num_pages)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> Self:
+        return cls(*children, *static)
+
+    def __repr__(self) -> str:
+        return f"DevicePool({self.num_pages} pages of {self.spec.slab_bytes} bytes, {' '.join(self.layout.order)})"
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class HostPool:
+    """Pages in pinned host memory, as one `uint8` array `(num_pages, page_bytes)` over memory of our own.
+
+    Pass it to the jitted step as a plain argument: **never donate it and never return it** (a jitted function returns a
+    copy of an argument, the whole pool). It needs no threading through: `store` changes its memory in place, and calls
+    through one device pool are ordered by the device pool. A copy is refused by the handlers.
+
+    A pytree of the array. What comes out of unflattening, inside jit, has no memory behind it and so no views.
+
+    Attributes:
+      array: the JAX array; memory kind `pinned_host` on a GPU.
+      spec, layout, num_pages: as in `DevicePool`. In a sharded pool: of one device.
+      memories: the `HostMemory` of each of this process's devices, in the mesh's order.
+    """
+
+    def __init__(
+        self, array: Any, spec: PageSpec, layout: Layout, num_pages: int, memories: tuple[HostMemory, ...] = ()
+    ) -> None:
+        self.array = array
+        self.spec = spec
+        self.layout = layout
+        self.num_pages = num_pages
+        self.memories = memories
+
+    @classmethod
+    def create(
+        cls,
+        spec: PageSpec,
+        num_pages: int,
+        layout: Layout | str = "page_first",
+        *,
+        device: jax.Device | Mesh | None = None,
+        **memory_options: Any,
+    ) -> Self:
+        """A pool of `num_pages` pages of zeros.
+
+        Args:
+          spec: what a page is; for a mesh, what one device holds of it.
+          num_pages: pages.
+          layout: a key of `HOST_LAYOUTS`, or a `Layout` of all five axes.
+          device: the device that loads and stores, by default the first; or a mesh: one `HostMemory` a device, and
+            `array` sharded on the bytes of a page over all the mesh's axes, for use inside `shard_map`.
+          **memory_options: `huge_pages`, `numa_node`, `num_threads`, `progress` of `HostMemory`.
+
+        Raises: what `HostMemory` raises, and `ValueError` for a layout that splits the pool. On an error no memory
+        stays behind.
+        """
+        layout = _layout(layout, HOST_LAYOUTS)
+        placement = layout.place(spec, num_pages)
+        if len(placement.array_bytes) != 1 or layout.merges_tokens:
+            raise ValueError(f"layout: a host pool is one run of bytes, so all five axes are needed, got {layout}")
+        mesh = device if isinstance(device, Mesh) else Mesh([device or jax.devices()[0]], ("host_pool",))
+        boundary = max((num_bytes for _, num_bytes, _ in placement.records), default=1)
+
+        memories: list[HostMemory] = []
+        arrays: list[jax.Array] = []
+        try:
+            for local in mesh.local_devices:
+                is_gpu = local.platform == "gpu"
+                memory = HostMemory(
+                    placement.array_bytes[0],
+                    cuda_device=local.local_hardware_id if is_gpu else None,
+                    boundary_bytes=boundary,
+                    **memory_options,
+                )
+                memories.append(memory)
+                kind = (_DL_CUDA_HOST if is_gpu else _DL_CPU, local.local_hardware_id)
+                arrays.append(jax.dlpack.from_dlpack(memory.dlpack(num_pages, kind)))
+            sharding = NamedSharding(
+                mesh,
+                PartitionSpec(None, mesh.axis_names),
+                memory_kind="pinned_host" if mesh.devices.flat[0].platform == "gpu" else None,
+            )
+            shape = (num_pages, placement.page_bytes * mesh.size)
+            array = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        except BaseException:
+            for memory in memories:
+                memory.close()
+            raise
+        return cls(array, spec, layout, num_pages, tuple(memories))
+
+    @property
+    def placement(self) -> Placement:
+        return self.layout.place(self.spec, self.num_pages)
+
+    def record(self, page: int, index: int = 0, *, shard: int = 0, writable: bool = False) -> npt.NDArray[np.uint8]:
+        """The bytes of a page record, padding included: one key of a page store. A view, not a copy.
+
+        `index`: which record, where the layout has one for each name. The caller sees to it that no running step
+        stores into or (if writable) loads from the page meanwhile.
+
+        Raises: `ValueError` for a layout without records or a closed pool, `IndexError` for a page, index or shard that
+        is not there.
+        """
+        records = self.placement.records
+        if not records:
+            raise ValueError(f"layout {' '.join(self.layout.order)} has no records: its pages are not contiguous")
+        self._check_page(page)
+        if not 0 <= index < len(records):
+            raise IndexError(f"index: expected 0 to {len(records) - 1}, got {index}")
+        offset, num_bytes, _ = records[index]
+        begin = offset + page * num_bytes
+        return self._memory(shard).view(begin, begin + num_bytes, writable=writable)
+
+    def slab(self, page: int, name: str, layer: int, *, shard: int = 0, writable: bool = False) -> npt.NDArray[Any]:
+        """One slab of a page, `(page_size, *shape)` with its dtype. A view, as `record`; `KeyError` if there is none."""
+        self._check_page(page)
+        found = [p for p in self.placement.places if (p.slab.name, p.slab.layer) == (name, layer)]
+        if not found:
+            raise KeyError(f"no slab {name!r} in layer {layer}")
+        place, slab = found[0], found[0].slab
+        dim = slab.shape[1:] if len(slab.shape) >= 2 else slab.shape
+        return np.ndarray(
+            (self.spec.page_size, slab.num_heads, *dim),
+            np.dtype(slab.dtype),
+            buffer=self._memory(shard).view(writable=writable),
+            offset=place.offset + page * place.page_stride,
+            strides=(place.token_stride, place.head_stride, *_row_major(dim, slab.itemsize)),
+        ).reshape(self.spec.page_size, *slab.shape, copy=False)
+
+    def view(self, page: int, *, shard: int = 0, writable: bool = False) -> dict[tuple[str, int], npt.NDArray[Any]]:
+        """All slabs of a page by `(name, layer)`; see `slab`."""
+        return {
+            (s.name, s.layer): self.slab(page, s.name, s.layer, shard=shard, writable=writable) for s in self.spec.slabs
+        }
+
+    def close(self) -> None:
+        """Closes the memories; see `HostMemory.close`. Idempotent."""
+        for memory in self.memories:
+            memory.close()
+
+    def _check_page(self, page: int) -> None:
+        if not 0 <= page < self.num_pages:
+            raise IndexError(f"page: expected 0 to {self.num_pages - 1}, got {page}")
+
+    def _memory(self, shard: int) -> HostMemory:
+        if not self.memories:
+            raise ValueError("this HostPool came out of a jit or a tree operation: look at the one that was created")
+        if not 0 <= shard < len(self.memories):
+            raise IndexError(f"shard: expected 0 to {len(self.memories) - 1}, got {shard}")
+        return self.memories[shard]
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        return ((jax.tree_util.GetAttrKey("array"), self.array),), (self.spec, self.layout, self.num_pages)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> Self:
+        return cls(*children, *static)
+
+    def __repr__(self) -> str:
+        return f"HostPool({self.num_pages} pages of {self.placement.page_bytes} bytes, {' '.join(self.layout.order)})"
+
+
+def _layout(layout: Layout | str, named: Any) -> Layout:
+    if isinstance(layout, Layout):
+        return layout
+    if layout not in named:
+        raise ValueError(f"layout: expected a Layout or one of {list(named)}, got {layout!r}")
+    found: Layout = named[layout]
+    return found
+
+
+def _row_major(shape: Sequence[int], itemsize: int) -> list[int]:
+    return [math.prod(shape[i + 1 :]) * itemsize for i in range(len(shape))]
+
+
+def _local_shape(array: Any) -> tuple[int, ...]:
+    """The shape that one device sees: inside shard_map the traced shape, outside the shard's."""
+    sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+    return tuple(array.shape if sharding is None else sharding.shard_shape(array.shape))
+
+
+def _keyed(arrays: Any, layout: Layout) -> dict[tuple[int | None, str | None], Any]:
+    """The arrays by `(layer or None, name or None)`."""
+    by_name = dict(arrays) if "kv" not in layout.order else {None: arrays}
+    keyed: dict[tuple[int | None, str | None], Any] = {}
+    for name, of_name in by_name.items():
+        if "layer" in layout.order:
+            keyed[None, name] = of_name
+        else:
+            keyed.update({(layer, name): a for layer, a in enumerate(of_name) if a is not None})
+    return keyed
+
+
+def _nested(flat: dict[tuple[int | None, str | None], Any], layout: Layout, spec: PageSpec) -> Any:
+    """The inverse of `_keyed`."""
+    names = spec.names if "kv" not in layout.order else (None,)
+
+    def of_name(name: str | None) -> Any:
+        if "layer" in layout.order:
+            return flat[None, name]
+        return [flat.get((layer, name)) for layer in range(max(spec.layers) + 1)]
+
+    nested = {name: of_name(name) for name in names}
+    return nested if "kv" not in layout.order else nested[None]
+
+
+def _array_type(
+    spec: PageSpec, layout: Layout, placement: Placement, index: int
+) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of array `index` of a device pool."""
+    slabs = [p.slab for p in placement.places if p.array == index]
+    layers = {s.layer for s in slabs}
+    names = {s.name for s in slabs}
+    if len({(s.shape, s.dtype) for s in slabs}) > 1 or len(layers) * len(names) != len(slabs):
+        raise ValueError(f"layout {layout.order}: slabs of unlike shape or dtype cannot share an array: {slabs}")
+    slab = slabs[0]
+    extents = {
+        "layer": [len(layers)],
+        "kv": [len(names)],
+        "page": [placement.num_pages],
+        "token": [spec.page_size],
+        "head": list(slab.shape[:1]) if len(slab.shape) >= 2 else [],
+    }
+    if layout.merges_tokens:
+        extents["page"], extents["token"] = [placement.num_pages * spec.page_size], []
+    shape = [n for axis in layout.order for n in extents[axis]]
+    shape += slab.shape[1:] if len(slab.shape) >= 2 else slab.shape
+    return tuple(shape), np.dtype(slab.dtype)
+
+
+def _slabs_of(
+    array: Any, layer: int | None, name: str | None, layout: Layout, page_size: int | None, names: Sequence[str] | None
+) -> tuple[list[Slab], int, int]:
+    """Reads `(slabs, num_pages, page_size)` off an array; the inverse of `_array_type`."""
+    what = f"arrays: {layout.order} array of layer {layer}, name {name!r}"
+    if layout.merges_tokens and page_size is None:
+        raise ValueError("page_size: must be given, since the layout merges tokens")
+    if name is None and names is None:
+        raise ValueError(f"names: must be given, since kv lies inside the arrays of layout {layout.order}")
+    shape = list(_local_shape(array))
+    # Without a head axis in its shape a slab is `(dim,)` or `()`: as many axes as the layout's others, and one or none.
+    axes = [axis for axis in layout.order if not (layout.merges_tokens and axis == "token")]
+    has_head = len(shape) > len(axes)
+    axes = [axis for axis in axes if axis != "head" or has_head]
+    if len(shape) < len(axes):
+        raise ValueError(f"{what}: expected axes {axes} and the slab's own, got shape {tuple(shape)}")
+    extent = dict(zip(axes, shape, strict=False))
+    inner = shape[len(axes) :]
+    if layout.merges_tokens:
+        if extent["page"] % (page_size or 1):
+            raise ValueError(f"{what}: {extent['page']} tokens are not whole pages of {page_size}")
+        extent["page"], extent["token"] = extent["page"] // (page_size or 1), page_size or 1
+    token_shape = (extent["head"], *inner) if has_head else tuple(inner)
+    own_names = [name] if name is not None else list(names or ())
+    if "kv" in extent and extent["kv"] != len(own_names):
+        raise ValueError(f"names: {what} has {extent['kv']} of them, got {own_names}")
+    layers = range(extent["layer"]) if layer is None else [layer]
+    slabs = [Slab(n, at, token_shape, np.dtype(array.dtype).name) for at in layers for n in own_names]
+    return slabs, extent["page"], extent["token"]

@@ -1,0 +1,25 @@
+"""Every test that runs JAX runs on each platform that is there: the CPU, and (`-m gpu`) a GPU."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+
+def _gpus():
+    try:
+        return jax.devices("gpu")
+    except RuntimeError:
+        return []
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """A JAX device."""
+    if request.param == "cpu":
+        return jax.devices("cpu")[0]
+    if not (gpus := _gpus()):
+        pytest.skip("no GPU")
+    return gpus[0]
