@@ -14,43 +14,61 @@ namespace kvpool {
 namespace {
 
 constexpr int kWarpLanes = 32;
-constexpr int kWarpsPerBlock = 8;
+constexpr int kWarpsPerBlock = 16;
 constexpr int kUnitsInFlight = 8;
 constexpr int kUnitsPerPiece = kUnitsInFlight * kWarpLanes;
 
-// grid: any; block: kWarpsPerBlock warps. kUnit: the type of one access, 16 to 1 bytes.
+// Division of n < 2^31 by a divisor that the host knows, as a multiplication (Granlund & Montgomery, 1994): the index
+// arithmetic of a unit is four of them, and must hide behind the link.
+struct Divisor {
+  uint32_t divisor, multiplier, shift;
+
+  explicit Divisor(uint32_t d) : divisor(d), shift(0) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  }
+  __device__ uint32_t Quotient(uint32_t n) const { return (__umulhi(n, multiplier) + n) >> shift; }
+  __device__ uint32_t Remainder(uint32_t n, uint32_t quotient) const { return n - quotient * divisor; }
+};
+
+// How a unit's number falls into pair, slab, outer and inner run, and offset.
+struct Units {
+  Divisor per_pair, per_slab, per_run, num_inner;
+};
+
+// grid: any; block: kWarpsPerBlock warps. Unit: the type of one access, 16 to 1 bytes.
 template <typename Unit, Direction direction>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes) CopyPages(const __grid_constant__ PageCopy copy) {
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
+    CopyPages(const __grid_constant__ PageCopy copy, const __grid_constant__ Units units) {
   const int first_slab = copy.LayerBegin();
   if (first_slab < 0) return;
-  const uint32_t units_per_run = static_cast<uint32_t>(copy.run_bytes / sizeof(Unit));
-  const uint32_t units_per_slab = units_per_run * copy.num_outer * copy.num_inner;
-  const uint32_t units_per_pair = units_per_slab * copy.slabs_per_layer;
-  const int64_t num_units = copy.num_pairs * units_per_pair;
-
+  const int64_t num_units = copy.num_pairs * units.per_pair.divisor;
   const int64_t warp = blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarpLanes;
   const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
   const uint32_t lane = threadIdx.x % kWarpLanes;
 
   for (int64_t piece = warp * kUnitsPerPiece; piece < num_units; piece += num_warps * kUnitsPerPiece) {
-    const int64_t first_pair = piece / units_per_pair;
-    const uint32_t first_unit = static_cast<uint32_t>(piece - first_pair * units_per_pair);
+    const int64_t first_pair = piece / units.per_pair.divisor;
+    const uint32_t first_unit = static_cast<uint32_t>(piece - first_pair * units.per_pair.divisor) + lane;
     Unit values[kUnitsInFlight];
     Unit* targets[kUnitsInFlight];
 #pragma unroll
     for (int k = 0; k < kUnitsInFlight; ++k) {
       targets[k] = nullptr;
-      const uint32_t unit = first_unit + k * kWarpLanes + lane;
-      const int64_t pair = first_pair + unit / units_per_pair;
+      const uint32_t unit = first_unit + k * kWarpLanes;
+      const uint32_t pairs_on = units.per_pair.Quotient(unit);
+      const int64_t pair = first_pair + pairs_on;
       if (pair >= copy.num_pairs) continue;
       const int32_t device_page = copy.device_pages[pair], host_page = copy.host_pages[pair];
       if (!copy.Contains(device_page, host_page)) continue;
-      const uint32_t in_pair = unit % units_per_pair;
-      const uint32_t in_slab = in_pair % units_per_slab;
-      const Slab slab = copy.slabs[first_slab + in_pair / units_per_slab];
-      const uint32_t run = in_slab / units_per_run;
-      const int64_t in_run_bytes = int64_t{in_slab % units_per_run} * sizeof(Unit);
-      const uint32_t outer = run / copy.num_inner, inner = run % copy.num_inner;
+      const uint32_t in_pair = units.per_pair.Remainder(unit, pairs_on);
+      const uint32_t slab_index = units.per_slab.Quotient(in_pair);
+      const uint32_t in_slab = units.per_slab.Remainder(in_pair, slab_index);
+      const uint32_t run = units.per_run.Quotient(in_slab);
+      const int64_t in_run_bytes = int64_t{units.per_run.Remainder(in_slab, run)} * sizeof(Unit);
+      const uint32_t outer = units.num_inner.Quotient(run);
+      const uint32_t inner = units.num_inner.Remainder(run, outer);
+      const Slab slab = copy.slabs[first_slab + slab_index];
       char* device = At(slab.device, copy.device_strides, device_page, outer, inner) + in_run_bytes;
       char* host = At(slab.host, copy.host_strides, host_page, outer, inner) + in_run_bytes;
       // Read past the caches: a byte is used once, and the CPU may have changed host memory since the last read.
@@ -97,13 +115,17 @@ auto VisitKernel(int64_t access_bytes, Direction direction, Visit visit) {
 
 cudaError_t LaunchCopy(const PageCopy& copy, Direction direction, int64_t max_blocks, cudaStream_t stream) {
   const int64_t access_bytes = AccessBytes(copy);
-  const int64_t slab_bytes = copy.run_bytes * copy.num_outer * copy.num_inner;
-  const int64_t num_units = copy.num_pairs * copy.slabs_per_layer * (slab_bytes / access_bytes);
+  const auto units_per_run = static_cast<uint32_t>(copy.run_bytes / access_bytes);
+  const uint32_t units_per_slab = units_per_run * copy.num_outer * copy.num_inner;
+  const uint32_t units_per_pair = units_per_slab * copy.slabs_per_layer;
+  const int64_t num_units = copy.num_pairs * units_per_pair;
   constexpr int64_t kUnitsPerBlock = int64_t{kWarpsPerBlock} * kUnitsPerPiece;
   const int64_t num_blocks = std::min((num_units + kUnitsPerBlock - 1) / kUnitsPerBlock, max_blocks);
   if (num_blocks <= 0) return cudaSuccess;
+  const Units units = {Divisor(units_per_pair), Divisor(units_per_slab), Divisor(units_per_run),
+                       Divisor(copy.num_inner)};
   return VisitKernel(access_bytes, direction, [&](auto* kernel) {
-    kernel<<<static_cast<unsigned>(num_blocks), kWarpsPerBlock * kWarpLanes, 0, stream>>>(copy);
+    kernel<<<static_cast<unsigned>(num_blocks), kWarpsPerBlock * kWarpLanes, 0, stream>>>(copy, units);
     return cudaGetLastError();
   });
 }

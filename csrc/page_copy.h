@@ -31,7 +31,7 @@ struct Slab {
 
 struct PageCopy {
   // A kernel's parameters end at 4096 bytes on every driver we support; more slabs take more launches.
-  static constexpr int kMaxSlabs = 240;
+  static constexpr int kMaxSlabs = 232;
 
   const int32_t* device_pages;  // [num_pairs]
   const int32_t* host_pages;    // [num_pairs]
@@ -55,7 +55,7 @@ struct PageCopy {
     return device_page >= 0 && device_page < num_device_pages && host_page >= 0 && host_page < num_host_pages;
   }
 };
-static_assert(sizeof(PageCopy) <= 4096);
+static_assert(sizeof(PageCopy) <= 4096 - 64);  // and the rest of the kernel's parameters
 
 KVPOOL_HOST_DEVICE inline char* At(char* slab, const Strides& strides, int64_t page, int64_t outer, int64_t inner) {
   return slab + page * strides.page_bytes + outer * strides.outer_bytes + inner * strides.inner_bytes;

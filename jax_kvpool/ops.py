@@ -17,7 +17,7 @@ from jax_kvpool.pools import DevicePool, HostPool
 
 __all__ = ["DEFAULT_MAX_BLOCKS", "PageStatus", "load", "page_status", "store"]
 
-DEFAULT_MAX_BLOCKS: Final = 8
+DEFAULT_MAX_BLOCKS: Final = 4
 """Thread blocks of a copy, at most."""
 
 

@@ -71,8 +71,8 @@ def copy_plan(
     """
     device = device_layout.place(spec, num_device_pages)
     host = host_layout.place(spec, num_host_pages)
-    if spec.slab_bytes >= 2**31:
-        raise ValueError(f"a page of {spec.slab_bytes} bytes: expected less than 2 GiB")
+    if spec.slab_bytes >= 2**30:  # a kernel numbers the accesses of a page in 31 bits
+        raise ValueError(f"spec: a page of {spec.slab_bytes} bytes, expected less than 1 GiB")
     if layer >= 0 and layer not in spec.layers:
         raise ValueError(f"layer: expected one of {spec.layers}, got {layer}")
 
