@@ -1,9 +1,10 @@
 """KV-cache pages between GPU and host memory, inside `jax.jit`."""
 
-from jax_kvpool._runtime import require_runtime
+from jax_kvpool import _runtime
 
-require_runtime()
+_runtime.require_runtime()
 
+from jax_kvpool.allocator import OutOfPagesError, PageAllocator, StalePageError  # noqa: E402
 from jax_kvpool.layout import (  # noqa: E402
     DEVICE_LAYOUTS,
     HOST_LAYOUTS,
@@ -26,9 +27,12 @@ __all__ = [
     "HostMemory",
     "HostPool",
     "Layout",
+    "OutOfPagesError",
+    "PageAllocator",
     "PageSpec",
     "PageStatus",
     "Slab",
+    "StalePageError",
     "fingerprint",
     "load",
     "page_status",

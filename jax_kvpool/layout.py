@@ -221,10 +221,9 @@ class Layout:
         return Layout(tuple(order.replace(",", " ").split()))
 
     @property
-    def records_per_page(self) -> int | None:
-        """1: a page is one record; None: one for each name; 0: pages are not contiguous."""
-        outside = self.order[: self.order.index("page")]
-        return 1 if not outside and set(_AXES) == set(self.order) else None if outside == ("kv",) else 0
+    def has_records(self) -> bool:
+        """Whether a page is contiguous: one record, or one for each name where `kv` lies outside of `page`."""
+        return len(self.order) == len(_AXES) and self.order[: self.order.index("page")] in ((), ("kv",))
 
     def place(self, spec: PageSpec, num_pages: int) -> Placement:
         """Places every slab of `num_pages` pages. Raises `ValueError` if the spec does not fit the order, for
@@ -248,7 +247,7 @@ class Layout:
         extent = heads.pop() if axis == "head" else extents[axis]
         part = self._lay_out(inner_axes, slabs, spec, num_pages)
         stride = _round_up(part.num_bytes, part.alignment)
-        if axis == "page" and self.records_per_page != 0:
+        if axis == "page" and self.has_records:
             stride = _round_up(stride, RECORD_ALIGNMENT)
         places = tuple(dataclasses.replace(p, **{f"{axis}_stride": stride}) for p in part.places)
         return _Part(places, stride * extent, part.alignment)
@@ -295,11 +294,11 @@ def _place(spec: PageSpec, layout: Layout, num_pages: int) -> Placement:
 
 
 def _records(layout: Layout, spec: PageSpec, places: tuple[SlabPlace, ...]) -> tuple[tuple[int, int, int], ...]:
-    if layout.records_per_page == 0:
+    if not layout.has_records:
         return ()
-    groups = [places] if layout.records_per_page == 1 else [
-        tuple(p for p in places if p.slab.name == name) for name in spec.names
-    ]
+    groups = [[p for p in places if p.slab.name == name] for name in spec.names]
+    if layout.order[0] == "page":
+        groups = [list(places)]
     records = []
     for group in groups:
         num_bytes = group[0].page_stride

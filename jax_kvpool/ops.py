@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -99,7 +101,7 @@ def _copy(
         if static_layer < 0:
             raise ValueError(f"layer: expected one of {device.spec.layers}, got {layer}")
     traced = [isinstance(x, jax.core.Tracer) for x in (*jax.tree.leaves(device), device_pages, host_pages)]
-    if any(traced) and not isinstance(host.array, jax.core.Tracer):
+    if any(traced) and not isinstance(host.array, jax.core.Tracer) and _is_staging():
         raise ValueError(
             "host: this HostPool was closed over by the traced function, which would make it a constant of the "
             "program; pass it as an argument of the jitted function"
@@ -136,22 +138,44 @@ def _call(
     register_targets()
     call = jax.ffi.ffi_call(
         target,
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays],
+        [jax.typeof(a) for a in arrays],  # with their manual axes, inside shard_map
         # Each array is its own result: in place if donated, and ordered before whatever uses the result.
         input_output_aliases={4 + i: i for i in range(len(arrays))},
     )
     # XLA fuses a slice before a custom call, and an update after it, into the call, and forgets the aliases then:
     # 0.11.2 and 0.12.0.1 refuse to compile a dynamic_update_slice of a result. The barriers keep both outside.
-    results = call(
-        host,
-        device_pages,
-        host_pages,
-        layer,
-        *jax.lax.optimization_barrier(arrays),
-        plan=np.array(plan, np.int64),
-        max_blocks=np.int64(max_blocks),
+    attributes = {"plan": np.array(plan, np.int64), "max_blocks": np.int64(max_blocks)}
+    arrays = jax.lax.optimization_barrier(arrays)
+    results = _without_transformations(functools.partial(call, **attributes))(
+        host, device_pages, host_pages, layer, *arrays
     )
     return jax.lax.optimization_barrier(list(results))
+
+
+def _without_transformations(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, which says so where it is differentiated or batched."""
+    batched = jax.custom_batching.custom_vmap(call)
+
+    @batched.def_vmap
+    def refuse_vmap(axis_size: int, in_batched: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "load and store cannot be batched by vmap: they change one pool in place; pass all page ids in one call"
+        )
+
+    differentiated = jax.custom_jvp(batched)
+
+    @differentiated.defjvp
+    def refuse_grad(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "load and store cannot be differentiated: a page is bytes; put stop_gradient around the pool's arrays"
+        )
+
+    return differentiated
+
+
+def _is_staging() -> bool:
+    """Whether everything is being traced into a program (jit, scan, ...), not only what vmap or grad look at."""
+    return isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
 
 def _page_ids(name: str, pages: ArrayLike) -> Any:

@@ -1,0 +1,118 @@
+"""What the layouts promise, in numbers. That every offset is right, test_copy.py shows against its own oracle."""
+
+import subprocess
+import sys
+
+import numpy as np
+import oracle
+import pytest
+
+from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, RECORD_ALIGNMENT, Layout, PageSpec, Slab, fingerprint
+from jax_kvpool.plan import ALL_LAYERS, copy_plan
+
+LLAMA_8B = PageSpec.uniform(16, 32, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")})
+DEEPSEEK = PageSpec.uniform(64, 61, {"latent": ((576,), "bfloat16")})
+
+
+def test_sizes():
+    assert LLAMA_8B.slab_bytes == 32 * 2 * 16 * 8 * 128 * 2
+    assert DEEPSEEK.slab_bytes == 61 * 64 * 576 * 2
+    placement = HOST_LAYOUTS["page_first"].place(DEEPSEEK, 10)
+    assert placement.records == ((0, 4497408, 0),) and placement.page_bytes == 4497408
+    assert placement.array_bytes == (44974080,)
+
+
+@pytest.mark.parametrize("name", HOST_LAYOUTS)
+def test_records(name):
+    spec = oracle.SPECS["gqa"](3)
+    placement = HOST_LAYOUTS[name].place(spec, 5)
+    expected = {"layer_first": 0, "page_first": 1, "page_first_kv": 1}.get(name, 2)
+    assert len(placement.records) == expected
+    used = spec.slab_bytes // max(expected, 1)
+    for offset, num_bytes, padding in placement.records:
+        assert offset % RECORD_ALIGNMENT == num_bytes % RECORD_ALIGNMENT == 0
+        assert num_bytes - padding == used
+
+
+def test_records_of_mla_in_sglang_layouts():
+    """One record, for one name."""
+    for name in ("token_first", "page_first_direct", "page_head"):
+        assert len(HOST_LAYOUTS[name].place(DEEPSEEK, 3).records) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "run_bytes"),
+    [
+        ("per_layer", "page_first", 16 * 8 * 128 * 2),  # a whole slab
+        ("stacked", "page_first_kv", 16 * 8 * 128 * 2),
+        ("token_granular", "layer_first", 16 * 8 * 128 * 2),
+        ("per_layer", "token_first", 8 * 128 * 2),  # a token of a layer
+        ("head_first", "page_first", 128 * 2),
+        ("per_layer", "page_head", 128 * 2),
+        ("head_first", "page_head", 128 * 2),
+    ],
+)
+def test_longest_run(device, host, run_bytes):
+    plan, _ = copy_plan(LLAMA_8B, DEVICE_LAYOUTS[device], 4, HOST_LAYOUTS[host], 3, ALL_LAYERS)
+    num_arrays = plan[3]
+    assert plan[4 + num_arrays] == 1  # one shape
+    outer, inner, run = plan[5 + num_arrays : 8 + num_arrays]
+    assert run == run_bytes and outer * inner * run == 16 * 8 * 128 * 2
+
+
+def test_fingerprint_is_the_same_everywhere_and_always():
+    """A change of these values makes every stored page unreadable: raise _FORMAT_VERSION if it is meant."""
+    code = (
+        "from jax_kvpool import *; s = PageSpec.uniform(16, 32, {'k': ((8, 128), 'bfloat16'), 'v': ((8, 128), 'bfloat16')});"
+        "print(fingerprint(s, HOST_LAYOUTS['page_first']))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert other == fingerprint(LLAMA_8B, HOST_LAYOUTS["page_first"]) == "202a3f5450ece464bb10764409adb15e"
+
+
+def test_fingerprint_tells_apart():
+    base = PageSpec.uniform(16, 2, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")})
+    others = [
+        PageSpec.uniform(8, 2, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}),
+        PageSpec.uniform(16, 3, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}),
+        PageSpec.uniform(16, 2, {"v": ((8, 128), "bfloat16"), "k": ((8, 128), "bfloat16")}),
+        PageSpec.uniform(16, 2, {"k": ((8, 128), "float16"), "v": ((8, 128), "bfloat16")}),
+        PageSpec.uniform(16, 2, {"k": ((4, 256), "bfloat16"), "v": ((8, 128), "bfloat16")}),
+        PageSpec.uniform(16, 2, {"K": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}),
+    ]
+    prints = {fingerprint(spec, HOST_LAYOUTS["page_first"]) for spec in [base, *others]}
+    prints |= {fingerprint(base, layout) for layout in HOST_LAYOUTS.values()}
+    assert len(prints) == 1 + len(others) + len(HOST_LAYOUTS) - 1
+
+
+def test_slabs_are_aligned_to_their_dtype():
+    spec = PageSpec((Slab("a", 0, (3,), "uint8"), Slab("b", 0, (2,), "float32"), Slab("c", 1, (1,), "int64")), 3)
+    places = HOST_LAYOUTS["page_first"].place(spec, 2).places
+    assert [p.offset for p in places] == [0, 12, 40]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Slab("k", 0, (8, 128), "int4"), "dtype: int4 of slab 'k' is under one byte"),
+        (lambda: Slab("k", 0, (8, 128), "float4_e2m1fn"), "under one byte"),
+        (lambda: Slab("k", -1, (8,), "int8"), "layer -1"),
+        (lambda: Slab("k", 0, (8, 0), "int8"), "must be positive"),
+        (lambda: PageSpec((), 16), "needs tokens and slabs"),
+        (lambda: PageSpec(LLAMA_8B.slabs, 0), "page_size=0"),
+        (lambda: PageSpec((*LLAMA_8B.slabs, LLAMA_8B.slabs[0]), 16), "a name occurs twice"),
+        (lambda: Layout.parse("page token"), "order: expected page, token, head"),
+        (lambda: Layout.parse("page token head head"), "each once"),
+        (lambda: Layout.parse("page token head batch"), "order"),
+        (lambda: Layout(("token", "page", "head"), merges_tokens=True), "merges_tokens"),
+        (lambda: HOST_LAYOUTS["page_first"].place(LLAMA_8B, 0), "num_pages"),
+        (lambda: HOST_LAYOUTS["page_first"].place(LLAMA_8B, 2**31), "num_pages"),
+    ],
+)
+def test_errors(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_dtype_is_canonical():
+    assert Slab("k", 0, (2,), np.float32) == Slab("k", 0, [2], "float32")

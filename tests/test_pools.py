@@ -1,0 +1,213 @@
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, DevicePool, HostPool, Layout, PageSpec, Slab, load, store
+
+GQA = oracle.SPECS["gqa"](4)
+
+SHAPES = {
+    "per_layer": (6, 4, 2, 8),
+    "stacked": (3, 6, 4, 2, 8),
+    "token_granular": (24, 2, 8),
+    "head_first": (2, 6, 4, 8),
+}
+
+
+@pytest.mark.parametrize("name", DEVICE_LAYOUTS)
+def test_shapes(name):
+    pool = DevicePool.create(GQA, 6, name)
+    assert {a.shape for a in jax.tree.leaves(pool)} == {SHAPES[name]}
+    assert len(jax.tree.leaves(pool)) == (2 if name == "stacked" else 6)
+
+
+@pytest.mark.parametrize("name", DEVICE_LAYOUTS)
+@pytest.mark.parametrize("spec_name", oracle.SPECS)
+def test_wrap_reads_the_spec_off_the_arrays(name, spec_name):
+    spec = oracle.SPECS[spec_name](4)
+    if not oracle.fits(spec, oracle.DEVICE_ORDERS[name]):
+        with pytest.raises(ValueError, match="cannot share an array"):
+            DevicePool.create(spec, 6, name)
+        return
+    created = DevicePool.create(spec, 6, name)
+    wrapped = DevicePool.wrap(created.arrays, name, page_size=4)
+    assert (wrapped.spec.page_size, set(wrapped.spec.slabs)) == (4, set(spec.slabs)) and wrapped.num_pages == 6
+    for array, own in zip(jax.tree.leaves(created), jax.tree.leaves(wrapped), strict=True):
+        assert array is own
+
+
+def test_wrap_with_kv_inside():
+    pool = DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8), jnp.bfloat16)] * 3, Layout.parse("kv page token head"), names=["k", "v"])
+    assert pool.spec == GQA and pool.num_pages == 6
+
+
+def test_wrap_a_hybrid():
+    arrays = {"k": [jnp.zeros((6, 4, 2, 8)), None], "latent": [None, jnp.zeros((6, 4, 5))]}
+    pool = DevicePool.wrap(arrays)
+    assert pool.spec == PageSpec((Slab("k", 0, (2, 8), "float32"), Slab("latent", 1, (5,), "float32")), 4)
+    host = HostPool.create(pool.spec, 2)
+    pool = store(pool, host, [1], [0])
+    assert jax.tree.structure(pool.arrays) == jax.tree.structure(arrays)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: DevicePool.wrap({"k": [jnp.zeros((6, 4, 2, 8))], "v": [jnp.zeros((5, 4, 2, 8))]}), "must be the same in all"),
+        (lambda: DevicePool.wrap({"k": [jnp.zeros((6, 4, 2, 8))]}, page_size=8), "page_size: the arrays have 4"),
+        (lambda: DevicePool.wrap({"k": [jnp.zeros((24, 2, 8))]}, "token_granular"), "page_size: must be given"),
+        (lambda: DevicePool.wrap({"k": [jnp.zeros((23, 2, 8))]}, "token_granular", page_size=4), "not whole pages"),
+        (lambda: DevicePool.wrap({"k": [jnp.zeros(24)]}), "expected axes"),
+        (lambda: DevicePool.wrap({"k": [jnp.zeros((6, 4, 2, 8))]}, "layers"), "layout: expected a Layout or one of"),
+        (lambda: DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8))], Layout.parse("kv page token head")), "names: must be given"),
+        (
+            lambda: DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8))], Layout.parse("kv page token head"), names=["k"]),
+            "has 2 of them",
+        ),
+        (lambda: HostPool.create(GQA, 3, "per_layer"), "layout: expected a Layout or one of"),
+        (lambda: HostPool.create(GQA, 3, Layout.parse("page token head")), "all five axes are needed"),
+        (lambda: DevicePool.create(GQA, 3).with_arrays({"k": []}), "arrays: expected"),
+    ],
+)
+def test_errors(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_with_arrays_keeps_shapes():
+    pool = DevicePool.create(GQA, 3)
+    with pytest.raises(ValueError, match="arrays: expected"):
+        pool.with_arrays(jax.tree.map(lambda a: a[:2], pool.arrays))
+    assert pool.with_arrays(pool.arrays).arrays is pool.arrays
+
+
+def fill(host, rng):
+    flat = host.memories[0].view(writable=True)
+    flat[:] = rng.integers(0, 256, flat.shape, np.uint8)
+    return flat
+
+
+@pytest.mark.parametrize("layout", HOST_LAYOUTS)
+@pytest.mark.parametrize("spec_name", ["gqa", "mla", "scales", "indexer"])
+def test_slab_views(layout, spec_name):
+    """The typed view of every slab shows the oracle's bytes, zero copy."""
+    spec = oracle.SPECS[spec_name](3)
+    if not oracle.fits(spec, oracle.HOST_ORDERS[layout]):
+        pytest.skip("this order cannot hold the spec")
+    rng = np.random.default_rng(0)
+    pool = oracle.Pool(spec, oracle.HOST_ORDERS[layout], 4, rng)
+    host = HostPool.create(spec, 4, layout)
+    flat = host.memories[0].view(writable=True)
+    flat[:] = pool.buffers[0]
+    for page in range(4):
+        views = host.view(page)
+        assert set(views) == {(s.name, s.layer) for s in spec.slabs}
+        for slab in spec.slabs:
+            view = views[slab.name, slab.layer]
+            assert view.shape == (3, *slab.shape) and view.dtype.name == slab.dtype
+            buffer, at = pool.indices(slab, np.array([page]))
+            assert np.ascontiguousarray(view).tobytes() == pool.buffers[buffer][at].tobytes()
+            assert np.shares_memory(view, flat) and not view.flags.writeable
+    writable = host.slab(2, spec.slabs[0].name, 0, writable=True)
+    writable[...] = np.zeros((), writable.dtype)
+    assert not np.ascontiguousarray(host.slab(2, spec.slabs[0].name, 0)).view(np.uint8).any()
+
+
+def test_records_tile_the_memory():
+    for layout in ("page_first", "token_first"):
+        host = HostPool.create(GQA, 3, layout)
+        flat = fill(host, np.random.default_rng(0))
+        num_records = len(host.placement.records)
+        records = [host.record(page, i) for i in range(num_records) for page in range(3)]
+        np.testing.assert_array_equal(np.concatenate(records), flat)
+        assert all(r.__array_interface__["data"][0] % 4096 == 0 for r in records)
+
+
+def test_view_errors():
+    host = HostPool.create(GQA, 3, "layer_first")
+    with pytest.raises(ValueError, match="has no records"):
+        host.record(0)
+    with pytest.raises(KeyError, match="no slab 'q' in layer 0"):
+        host.slab(0, "q", 0)
+    for page in (-1, 3):
+        with pytest.raises(IndexError, match="page: expected 0 to 2"):
+            host.slab(page, "k", 0)
+    with pytest.raises(IndexError, match="shard: expected 0 to 0"):
+        host.slab(0, "k", 0, shard=1)
+    with pytest.raises(IndexError, match="index: expected 0 to 0"):
+        HostPool.create(GQA, 3).record(0, 1)
+    with pytest.raises(ValueError, match="came out of a jit"):
+        jax.tree.map(lambda a: a, host).slab(0, "k", 0)
+    host.close()
+    with pytest.raises(ValueError, match="closed"):
+        host.slab(0, "k", 0)
+
+
+def test_host_pool_is_on_its_memory(device):
+    host = HostPool.create(GQA, 3, device=device)
+    shard = host.array.addressable_data(0)
+    assert shard.unsafe_buffer_pointer() == host.memories[0].address
+    assert host.array.shape == (3, host.placement.page_bytes) and host.array.dtype == jnp.uint8
+    if device.platform == "gpu":
+        assert host.array.sharding.memory_kind == "pinned_host"
+
+
+def test_no_memory_stays_behind_when_create_fails(monkeypatch):
+    made = []
+
+    def fail(*_):
+        made.append(1)
+        raise RuntimeError("no import today")
+
+    monkeypatch.setattr(jax.dlpack, "from_dlpack", fail)
+    from jax_kvpool import pools
+
+    closed = []
+    monkeypatch.setattr(pools.HostMemory, "close", lambda self: closed.append(self))
+    with pytest.raises(RuntimeError, match="no import today"):
+        HostPool.create(GQA, 3)
+    assert len(made) == len(closed) == 1
+
+
+class StepFailed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failed_step_loses_no_page(device, when):
+    """The step that stores into a host pool fails: at run time, before and after its store. Every other page is as it
+    was, and the pool is as good as ever."""
+    rng = np.random.default_rng(0)
+    host = HostPool.create(GQA, 5, device=device)
+    flat = fill(host, rng)
+    before = flat.copy()
+
+    def fail(_):
+        raise StepFailed
+
+    def step(pool, host, pages):
+        if when == "before":
+            pages = pages + jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.int32), pages)
+        pool = store(pool, host, pages, pages)
+        leaf = jax.tree.leaves(pool)[0]
+        extra = leaf.sum()
+        if when == "after":
+            extra = jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.int32), extra)
+        return pool, extra
+
+    new_pool = lambda: jax.device_put(DevicePool.create(GQA, 5), device)  # noqa: E731
+    pages = jax.device_put(np.array([2], np.int32), device)
+    with pytest.raises((jax.errors.JaxRuntimeError, StepFailed)):
+        jax.block_until_ready(jax.jit(step, donate_argnums=0)(new_pool(), host, pages))
+    gc.collect()
+    record = host.placement.page_bytes
+    for page in (0, 1, 3, 4):
+        np.testing.assert_array_equal(flat[page * record : (page + 1) * record], before[page * record :][:record])
+    # The pool still works.
+    pool = load(new_pool(), host, np.array([3], np.int32), np.array([4], np.int32))
+    got = np.asarray(pool.arrays["v"][2][3])
+    np.testing.assert_array_equal(got.view(np.uint8), host.slab(4, "v", 2).view(np.uint8))
