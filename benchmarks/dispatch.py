@@ -43,13 +43,19 @@ def main():
         one_kernel = jax.jit(lambda d, h, i, j: (d, i + j), donate_argnums=0, keep_unused=True)
         loading = jax.jit(load, donate_argnums=0)
         functions = [
-            lambda d, host=host, ids=ids: identity(d, host, *ids),
-            lambda d, host=host, ids=ids: one_kernel(d, host, *ids)[0],
-            lambda d, host=host, ids=ids: loading(d, host, *ids),
+            lambda d: identity(d, host, *ids),
+            lambda d: one_kernel(d, host, *ids)[0],
+            lambda d: loading(d, host, *ids),
         ]
         (base, _, cost), (_, kernel_more, more) = microseconds_per_call(functions, device)
         rows.append(
-            {"arrays": arrays, "identity us": base, "load us": cost, "load, more": more, "an added kernel, more": kernel_more}
+            {
+                "arrays": arrays,
+                "identity us": base,
+                "load us": cost,
+                "load, more": more,
+                "an added kernel, more": kernel_more,
+            }
         )
         host.close()
     harness.report(rows, args.json)

@@ -72,7 +72,12 @@ def machine():
         driver, generation, width = [part.strip() for part in output.splitlines()[0].split(",")]
     except (OSError, subprocess.CalledProcessError):
         driver = generation = width = "?"
-    return {"device": device.device_kind, "driver": driver, "link": f"PCIe Gen{generation} x{width}", "jax": jax.__version__}
+    return {
+        "device": device.device_kind,
+        "driver": driver,
+        "link": f"PCIe Gen{generation} x{width}",
+        "jax": jax.__version__,
+    }
 
 
 def parser(description):

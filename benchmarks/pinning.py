@@ -1,6 +1,6 @@
 """How long a host pool takes to be there: mapped, touched, registered, imported.
 
-    python benchmarks/pinning.py [--json FILE] [--gigabytes 16]
+python benchmarks/pinning.py [--json FILE] [--gigabytes 16]
 """
 
 import time

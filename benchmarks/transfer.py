@@ -95,9 +95,7 @@ def measure_plain_jax(op, spec, driver, repeats, rng):
     device = jax.devices()[0]
     pinned, on_device = (SingleDeviceSharding(device, memory_kind=kind) for kind in ("pinned_host", "device"))
     gather = jax.jit(lambda pool: [p[pages] for p in pool], out_shardings=pinned)
-    scatter = jax.jit(
-        lambda pool, new: [p.at[pages].set(n) for p, n in zip(pool, new, strict=True)], donate_argnums=0
-    )
+    scatter = jax.jit(lambda pool, new: [p.at[pages].set(n) for p, n in zip(pool, new, strict=True)], donate_argnums=0)
     host = gather(pool)
     ratios = []
     for _ in range(repeats):
@@ -145,7 +143,13 @@ def main():
                     ratio = measure_plain_jax(op, spec, driver, args.repeats, rng)
                     rows.append(
                         dict.fromkeys(rows[-1], "")
-                        | {"model": model, "page": page_size, "op": op.__name__, "call": "plain JAX", "wall of roof": ratio}
+                        | {
+                            "model": model,
+                            "page": page_size,
+                            "op": op.__name__,
+                            "call": "plain JAX",
+                            "wall of roof": ratio,
+                        }
                     )
     harness.report(rows, args.json)
 

@@ -35,8 +35,7 @@ struct CopyOperands {
 // array(i) -> Bytes is array i of the device pool.
 // Returns the first error, also if the operands are not those that the plan was made for.
 template <typename Array, typename Run>
-std::optional<std::string> RunPlan(std::span<const int64_t> plan, const CopyOperands& operands, Array array,
-                                   Run run) {
+std::optional<std::string> RunPlan(std::span<const int64_t> plan, const CopyOperands& operands, Array array, Run run) {
   auto next = plan.begin();
   const auto read = [&next] { return *next++; };
 

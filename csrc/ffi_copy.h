@@ -24,12 +24,12 @@ inline ffi::Error FailedPrecondition(std::string message) {
 template <typename Binding>
 auto BindCopy(Binding binding) {
   return std::move(binding)
-      .template Arg<ffi::Buffer<ffi::U8, 2>>()    // host, (num_pages, page_bytes), in host memory
-      .template Arg<ffi::Buffer<ffi::S32, 1>>()   // device_pages, (num_pairs,)
-      .template Arg<ffi::Buffer<ffi::S32, 1>>()   // host_pages, (num_pairs,)
-      .template Arg<ffi::Buffer<ffi::S32, 0>>()   // layer, ()
-      .RemainingArgs()                            // the arrays of the device pool
-      .RemainingRets()                            // the same arrays
+      .template Arg<ffi::Buffer<ffi::U8, 2>>()   // host, (num_pages, page_bytes), in host memory
+      .template Arg<ffi::Buffer<ffi::S32, 1>>()  // device_pages, (num_pairs,)
+      .template Arg<ffi::Buffer<ffi::S32, 1>>()  // host_pages, (num_pairs,)
+      .template Arg<ffi::Buffer<ffi::S32, 0>>()  // layer, ()
+      .RemainingArgs()                           // the arrays of the device pool
+      .RemainingRets()                           // the same arrays
       .template Attr<ffi::Span<const int64_t>>("plan")
       .template Attr<int64_t>("max_blocks");
 }

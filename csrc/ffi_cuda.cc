@@ -14,11 +14,9 @@ const LiveMemory* live_memory = nullptr;
 std::atomic<int64_t> num_handler_calls{0};
 
 template <Direction direction>
-ffi::Error CopyCuda(cudaStream_t stream, ffi::Buffer<ffi::U8, 2> host,
-                    ffi::Buffer<ffi::S32, 1> device_pages, ffi::Buffer<ffi::S32, 1> host_pages,
-                    ffi::Buffer<ffi::S32, 0> layer, ffi::RemainingArgs arrays,
-    ffi::RemainingRets results,
-                    ffi::Span<const int64_t> plan, int64_t max_blocks) {
+ffi::Error CopyCuda(cudaStream_t stream, ffi::Buffer<ffi::U8, 2> host, ffi::Buffer<ffi::S32, 1> device_pages,
+                    ffi::Buffer<ffi::S32, 1> host_pages, ffi::Buffer<ffi::S32, 0> layer, ffi::RemainingArgs arrays,
+                    ffi::RemainingRets results, ffi::Span<const int64_t> plan, int64_t max_blocks) {
   num_handler_calls.fetch_add(1, std::memory_order_relaxed);
   return RunCopy(*live_memory, host, device_pages, host_pages, layer, arrays, results, plan,
                  [&](const PageCopy& copy) -> std::optional<std::string> {
@@ -56,5 +54,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadCuda, kvpool::CopyCuda<kvpool::Direction
                               {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreCuda, kvpool::CopyCuda<kvpool::Direction::kStore>, kvpool::BindCopyCuda(),
                               {xla::ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolInitializeCuda, kvpool::Initialize,
-                              xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    KvPoolInitializeCuda, kvpool::Initialize,
+    xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());

@@ -142,7 +142,7 @@ NB_MODULE(_cpu, m) {
     }
   });
 
-  m.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.def("ffi_api_version", [] { return std::pair<int, int>(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   m.attr("MAX_SLABS") = PageCopy::kMaxSlabs;
   m.def("load_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolLoadCpu)); });
   m.def("store_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolStoreCpu)); });

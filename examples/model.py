@@ -125,7 +125,7 @@ def load_params(config: ModelConfig, path: str | Path) -> Params:
         safe_open(file, framework="flax")  # JAX arrays: NumPy alone has no bfloat16
         for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
     ]
-    file_of = {name: file for file in files for name in file.keys()}
+    file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
 
     def tensor(name: str, shape: tuple[int, ...]) -> jax.Array:
         if name not in file_of:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.metadata
 import importlib.util
 import re
 from pathlib import Path
@@ -27,10 +29,11 @@ def require_runtime() -> None:
     header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
     found = {name: int(n) for name, n in re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header)}
     runtime = (found["MAJOR"], found["MINOR"])
-    built = _cpu.FFI_API_VERSION
+    built = _cpu.ffi_api_version()
     if runtime < built:
+        jaxlib = importlib.metadata.version("jaxlib")
         raise ImportError(
-            f"jax_kvpool was built for XLA FFI {built[0]}.{built[1]}, but jaxlib {jax.lib.__version__} provides "
+            f"jax_kvpool was built for XLA FFI {built[0]}.{built[1]}, but jaxlib {jaxlib} provides "
             f"{runtime[0]}.{runtime[1]}: install a newer jax and jaxlib, or build jax_kvpool with this one"
         )
 

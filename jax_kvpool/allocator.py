@@ -51,8 +51,8 @@ class PageAllocator:
         return pages
 
     def free(self, pages: npt.ArrayLike) -> None:
-        """Gives pages back. Raises `StalePageError` if one is free already or named twice, `IndexError` for an id outside
-        of the pool."""
+        """Gives pages back. Raises `StalePageError` if one is free already or named twice, `IndexError` for an id
+        that is not in the pool."""
         ids = self._ids(pages)
         if (stale := ids[self._is_free[ids]]).size:
             raise StalePageError(f"pages: {stale.tolist()} are free already")

@@ -173,6 +173,11 @@ class Placement:
     array_keys: tuple[tuple[int | None, str | None], ...]
     records: tuple[tuple[int, int, int], ...]
 
+    @functools.cached_property
+    def by_key(self) -> dict[tuple[str, int], SlabPlace]:
+        """The places by `(name, layer)`."""
+        return {(p.slab.name, p.slab.layer): p for p in self.places}
+
     @property
     def page_bytes(self) -> int:
         """Bytes of the pool a page, padding included."""
@@ -249,7 +254,8 @@ class Layout:
         stride = _round_up(part.num_bytes, part.alignment)
         if axis == "page" and self.has_records:
             stride = _round_up(stride, RECORD_ALIGNMENT)
-        places = tuple(dataclasses.replace(p, **{f"{axis}_stride": stride}) for p in part.places)
+        changed: dict[str, Any] = {f"{axis}_stride": stride}
+        places = tuple(dataclasses.replace(p, **changed) for p in part.places)
         return _Part(places, stride * extent, part.alignment)
 
 
@@ -288,9 +294,7 @@ def _place(spec: PageSpec, layout: Layout, num_pages: int) -> Placement:
         for slabs in arrays
     )
     places = tuple(by_slab[slab] for slab in spec.slabs)
-    return Placement(
-        num_pages, places, tuple(part.num_bytes for part in parts), keys, _records(layout, spec, places)
-    )
+    return Placement(num_pages, places, tuple(part.num_bytes for part in parts), keys, _records(layout, spec, places))
 
 
 def _records(layout: Layout, spec: PageSpec, places: tuple[SlabPlace, ...]) -> tuple[tuple[int, int, int], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,13 +150,11 @@ class DlpackExport:
 
 @contextlib.contextmanager
 def _progress_bar(num_bytes: int) -> Iterator[Callable[[int, int], Any]]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm is None or num_bytes < _PROGRESS_BAR_BYTES:
+    if num_bytes < _PROGRESS_BAR_BYTES or importlib.util.find_spec("tqdm") is None:
         yield lambda done, total: None
         return
+    from tqdm import tqdm
+
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="host memory", disable=None) as bar:
         yield lambda done, total: bar.update(done - bar.n)
 

@@ -11,7 +11,7 @@ import jax
 import jax.custom_batching
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+import numpy.typing as npt
 
 from jax_kvpool._runtime import LOAD_TARGET, STORE_TARGET, register_targets
 from jax_kvpool.plan import ALL_LAYERS, TRACED_LAYER, copy_plan
@@ -26,10 +26,10 @@ DEFAULT_MAX_BLOCKS: Final = 4
 def load(
     device: DevicePool,
     host: HostPool,
-    device_pages: ArrayLike,
-    host_pages: ArrayLike,
+    device_pages: npt.ArrayLike,
+    host_pages: npt.ArrayLike,
     *,
-    layer: ArrayLike | None = None,
+    layer: int | jax.Array | None = None,
     max_blocks: int = DEFAULT_MAX_BLOCKS,
 ) -> DevicePool:
     """Copies pages from the host pool to the device pool: `device[device_pages[i]] = host[host_pages[i]]` for all i.
@@ -40,8 +40,9 @@ def load(
     Args:
       device: the target; donated, and changed in place.
       host: the source; read in place, never copied.
-      device_pages, host_pages: int32 arrays of one length. A pair with an id outside of its pool is skipped (pad with
-        -1); `page_status` says which. A page twice among the targets: either copy may win. Empty is fine.
+      device_pages, host_pages: int32 arrays (or lists) of one length. A pair with an id outside of its pool is
+        skipped (pad with -1); `page_status` says which. A page twice among the targets: either copy may win. Empty is
+        fine.
       layer: only this layer; an int, or a traced int32 (in a scan) if all layers are alike. Default: all.
       max_blocks: thread blocks of the kernel, at most; more disturb the model, and fewer slow down the copy.
 
@@ -60,10 +61,10 @@ def load(
 def store(
     device: DevicePool,
     host: HostPool,
-    device_pages: ArrayLike,
-    host_pages: ArrayLike,
+    device_pages: npt.ArrayLike,
+    host_pages: npt.ArrayLike,
     *,
-    layer: ArrayLike | None = None,
+    layer: int | jax.Array | None = None,
     max_blocks: int = DEFAULT_MAX_BLOCKS,
 ) -> DevicePool:
     """Copies pages from the device pool to the host pool: `host[host_pages[i]] = device[device_pages[i]]` for all i.
@@ -80,42 +81,34 @@ def _copy(
     target: str,
     device: DevicePool,
     host: HostPool,
-    device_pages: ArrayLike,
-    host_pages: ArrayLike,
-    layer: ArrayLike | None,
+    device_page_ids: npt.ArrayLike,
+    host_page_ids: npt.ArrayLike,
+    layer: int | jax.Array | None,
     max_blocks: int,
 ) -> DevicePool:
-    if device.spec != host.spec:
-        raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
-    device_pages, host_pages = _page_ids("device_pages", device_pages), _page_ids("host_pages", host_pages)
+    """Checks everything that tracing can know, then makes the call."""
+    device_pages, host_pages = _page_ids("device_pages", device_page_ids), _page_ids("host_pages", host_page_ids)
     if device_pages.shape != host_pages.shape:
         raise ValueError(f"host_pages: expected {device_pages.size} ids, as device_pages has, got {host_pages.size}")
+    if device.spec != host.spec:
+        raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
     if max_blocks <= 0:
         raise ValueError(f"max_blocks: expected a positive int, got {max_blocks}")
-    if layer is None:
-        static_layer, traced_layer = ALL_LAYERS, np.int32(0)
-    elif isinstance(layer, jax.core.Tracer):
-        static_layer, traced_layer = TRACED_LAYER, _layer_id(layer)
-    else:
-        static_layer, traced_layer = int(layer), np.int32(0)
-        if static_layer < 0:
-            raise ValueError(f"layer: expected one of {device.spec.layers}, got {layer}")
     traced = [isinstance(x, jax.core.Tracer) for x in (*jax.tree.leaves(device), device_pages, host_pages)]
     if any(traced) and not isinstance(host.array, jax.core.Tracer) and _is_staging():
         raise ValueError(
             "host: this HostPool was closed over by the traced function, which would make it a constant of the "
             "program; pass it as an argument of the jitted function"
         )
-    arrays = device.flat_arrays()
     expected = (host.num_pages, host.placement.page_bytes)
     if host.array.shape != expected or host.array.dtype != jnp.uint8:
         raise ValueError(
             f"host: its array must be uint8{list(expected)}, got {host.array.dtype}{list(host.array.shape)}"
             " (call it inside shard_map on a sharded pool)"
         )
-    plan, used = copy_plan(
-        device.spec, device.layout, device.num_pages, host.layout, host.num_pages, static_layer
-    )
+    arrays = device.flat_arrays()
+    static_layer, traced_layer = _layer(layer, device)
+    plan, used = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, static_layer)
     changed = _call(
         target, plan, max_blocks, [arrays[i] for i in used], host.array, device_pages, host_pages, traced_layer
     )
@@ -142,14 +135,19 @@ def _call(
         # Each array is its own result: in place if donated, and ordered before whatever uses the result.
         input_output_aliases={4 + i: i for i in range(len(arrays))},
     )
-    # XLA fuses a slice before a custom call, and an update after it, into the call, and forgets the aliases then:
-    # 0.11.2 and 0.12.0.1 refuse to compile a dynamic_update_slice of a result. The barriers keep both outside.
     attributes = {"plan": np.array(plan, np.int64), "max_blocks": np.int64(max_blocks)}
-    arrays = jax.lax.optimization_barrier(arrays)
-    results = _without_transformations(functools.partial(call, **attributes))(
-        host, device_pages, host_pages, layer, *arrays
-    )
-    return jax.lax.optimization_barrier(list(results))
+    call = _without_transformations(functools.partial(call, **attributes))
+    return _fenced(list(call(host, device_pages, host_pages, layer, *_fenced(arrays))))
+
+
+def _fenced(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Keeps what is done to the arrays out of the call, and the call out of it.
+
+    XLA fuses a slice before a custom call, and an update after it, with the call, and forgets the aliases then: 0.11.2
+    and 0.12.0.1 refuse to compile a dynamic_update_slice of a result.
+    """
+    fenced: list[jax.Array] = jax.lax.optimization_barrier(arrays)  # type: ignore[no-untyped-call]
+    return fenced
 
 
 def _without_transformations(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,10 +176,9 @@ def _is_staging() -> bool:
     return isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
 
-def _page_ids(name: str, pages: ArrayLike) -> Any:
-    array = pages if isinstance(pages, jax.Array) else np.asarray(pages, None if np.size(pages) else np.int32)
-    if isinstance(array, np.ndarray) and array.dtype == np.int64 and not isinstance(pages, np.ndarray):
-        array = array.astype(np.int32)  # a list of Python ints
+def _page_ids(name: str, pages: npt.ArrayLike) -> Any:
+    """The ids as an int32 array of JAX or NumPy."""
+    array: Any = pages if isinstance(pages, jax.Array | np.ndarray) else np.array(pages, np.int32)
     if array.dtype != np.int32:
         raise TypeError(f"{name}: expected int32 page ids, got {array.dtype}")
     if array.ndim != 1:
@@ -189,10 +186,17 @@ def _page_ids(name: str, pages: ArrayLike) -> Any:
     return array
 
 
-def _layer_id(layer: jax.Array) -> jax.Array:
-    if layer.shape != () or layer.dtype != jnp.int32:
-        raise TypeError(f"layer: expected an int or a scalar int32, got {layer.dtype}{list(layer.shape)}")
-    return layer
+def _layer(layer: int | jax.Array | None, device: DevicePool) -> tuple[int, Any]:
+    """`(static layer, traced layer)`: what the plan is made for, and the operand that goes with it."""
+    if layer is None:
+        return ALL_LAYERS, np.int32(0)
+    if isinstance(layer, jax.core.Tracer):
+        if layer.shape != () or layer.dtype != jnp.int32:
+            raise TypeError(f"layer: expected an int or a scalar int32, got {layer.dtype}{list(layer.shape)}")
+        return TRACED_LAYER, layer
+    if int(layer) not in device.spec.layers:
+        raise ValueError(f"layer: expected one of {device.spec.layers}, got {layer}")
+    return int(layer), np.int32(0)
 
 
 def _difference(device: DevicePool, host: HostPool) -> str:
@@ -212,15 +216,15 @@ class PageStatus(enum.IntEnum):
     HOST_PAGE_OUT_OF_RANGE = 3
 
 
-def page_status(
-    device: DevicePool, host: HostPool, device_pages: jax.Array, host_pages: jax.Array
-) -> jax.Array:
-    """Says which pairs `load` and `store` copy and why they skip the others: an int32 array of `PageStatus`, one a pair.
+def page_status(device: DevicePool, host: HostPool, device_pages: jax.Array, host_pages: jax.Array) -> jax.Array:
+    """Says which pairs `load` and `store` copy, and why they skip the others: int32, a `PageStatus` for each pair.
 
     Plain jnp on the ids: usable inside and outside of jit, on any device.
     """
     device_pages, host_pages = jnp.asarray(device_pages), jnp.asarray(host_pages)
-    status = jnp.where((host_pages < 0) | (host_pages >= host.num_pages), PageStatus.HOST_PAGE_OUT_OF_RANGE, PageStatus.COPIED)
+    status = jnp.where(
+        (host_pages < 0) | (host_pages >= host.num_pages), PageStatus.HOST_PAGE_OUT_OF_RANGE, PageStatus.COPIED
+    )
     status = jnp.where(
         (device_pages < 0) | (device_pages >= device.num_pages), PageStatus.DEVICE_PAGE_OUT_OF_RANGE, status
     )

@@ -66,15 +66,13 @@ def copy_plan(
     """Returns `(plan, arrays)`: the list that csrc/copy_plan.h reads, and which of the device pool's arrays are the
     call's operands, in this order.
 
-    `layer` is a layer, `ALL_LAYERS`, or `TRACED_LAYER`: the call's own operand says which. Raises `ValueError` if
-    there is no such layer, or if it is traced and the layers are not alike.
+    `layer` is a layer of the spec, `ALL_LAYERS`, or `TRACED_LAYER`: the call's own operand says which. Raises
+    `ValueError` if it is traced and the layers are not alike.
     """
     device = device_layout.place(spec, num_device_pages)
     host = host_layout.place(spec, num_host_pages)
     if spec.slab_bytes >= 2**30:  # a kernel numbers the accesses of a page in 31 bits
         raise ValueError(f"spec: a page of {spec.slab_bytes} bytes, expected less than 1 GiB")
-    if layer >= 0 and layer not in spec.layers:
-        raise ValueError(f"layer: expected one of {spec.layers}, got {layer}")
 
     shapes: dict[_Shape, list[tuple[SlabPlace, SlabPlace]]] = {}
     for d, h in zip(device.places, host.places, strict=True):
@@ -92,6 +90,8 @@ def copy_plan(
                 raise ValueError("layer: a traced layer needs layers 0, 1, ... that are all alike; pass a Python int")
             batches = [slabs]
             slabs_per_layer = per_layer[0]
+            if slabs_per_layer > _cpu.MAX_SLABS:
+                raise ValueError(f"layer: {slabs_per_layer} slabs in a layer, expected at most {_cpu.MAX_SLABS}")
         else:
             batches = [slabs[i : i + _cpu.MAX_SLABS] for i in range(0, len(slabs), _cpu.MAX_SLABS)]
             slabs_per_layer = 0  # all of the batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -117,7 +117,9 @@ class DevicePool:
         keyed = _keyed(self.arrays, self.layout)
         placement = self.placement
         if set(keyed) != set(placement.array_keys):
-            raise ValueError(f"device: arrays {sorted(placement.array_keys, key=str)} expected, got {sorted(keyed, key=str)}")
+            raise ValueError(
+                f"device: arrays {sorted(placement.array_keys, key=str)} expected, got {sorted(keyed, key=str)}"
+            )
         for index, key in enumerate(placement.array_keys):
             expected = _array_type(self.spec, self.layout, placement, index)
             got = (_local_shape(keyed[key]), np.dtype(keyed[key].dtype))
@@ -215,7 +217,7 @@ class HostPool:
                 arrays.append(jax.dlpack.from_dlpack(memory.dlpack(num_pages, kind)))
             sharding = NamedSharding(
                 mesh,
-                PartitionSpec(None, mesh.axis_names),
+                PartitionSpec(None, mesh.axis_names),  # type: ignore[no-untyped-call]
                 memory_kind="pinned_host" if mesh.devices.flat[0].platform == "gpu" else None,
             )
             shape = (num_pages, placement.page_bytes * mesh.size)
@@ -250,12 +252,12 @@ class HostPool:
         return self._memory(shard).view(begin, begin + num_bytes, writable=writable)
 
     def slab(self, page: int, name: str, layer: int, *, shard: int = 0, writable: bool = False) -> npt.NDArray[Any]:
-        """One slab of a page, `(page_size, *shape)` with its dtype. A view, as `record`; `KeyError` if there is none."""
+        """One slab of a page, `(page_size, *shape)` of its dtype. A view, as `record`; `KeyError` if there is none."""
         self._check_page(page)
-        found = [p for p in self.placement.places if (p.slab.name, p.slab.layer) == (name, layer)]
-        if not found:
+        place = self.placement.by_key.get((name, layer))
+        if place is None:
             raise KeyError(f"no slab {name!r} in layer {layer}")
-        place, slab = found[0], found[0].slab
+        slab = place.slab
         dim = slab.shape[1:] if len(slab.shape) >= 2 else slab.shape
         return np.ndarray(
             (self.spec.page_size, slab.num_heads, *dim),

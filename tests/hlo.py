@@ -5,15 +5,16 @@ compile-only device has no memory spaces, so the host pool's is written into the
 """
 
 import importlib.util
-import os
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import topologies
+from jax.interpreters.mlir import ir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_kvpool import DevicePool, HostPool
+from jax_kvpool import HOST_LAYOUTS, DevicePool, HostPool
 
 _TARGET_CONFIG = Path(__file__).parent / "data" / "h100_target_config.txt"
 
@@ -28,9 +29,6 @@ def missing():
 
 
 def topology_mesh():
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    from jax.experimental import topologies
-
     topology = topologies.get_topology_desc(
         "h100", platform="cuda", target_config=_TARGET_CONFIG.read_text(), topology="1x1x1"
     )
@@ -42,8 +40,6 @@ def abstract_pools(spec, mesh, layout="per_layer", num_device_pages=192, num_hos
     sharding = NamedSharding(mesh, PartitionSpec())
     device = jax.eval_shape(lambda: DevicePool.create(spec, num_device_pages, layout))
     device = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), device)
-    from jax_kvpool import HOST_LAYOUTS
-
     placement = HOST_LAYOUTS["page_first"].place(spec, num_host_pages)
     array = jax.ShapeDtypeStruct((num_host_pages, placement.page_bytes), np.uint8, sharding=sharding)
     return device, HostPool(array, spec, HOST_LAYOUTS["page_first"], num_host_pages)
@@ -51,8 +47,6 @@ def abstract_pools(spec, mesh, layout="per_layer", num_device_pages=192, num_hos
 
 def compile_for_h100(function, *args, donate=0):
     """The scheduled HLO of `jit(function, donate_argnums=donate)(*args)`; uint8 arguments are in pinned host memory."""
-    from jax._src.lib.mlir import ir
-
     lowered = jax.jit(function, donate_argnums=donate).lower(*args)
     module = lowered.compiler_ir("stablehlo")
     with module.context:

@@ -65,7 +65,7 @@ def dim_bytes(slab):
     return int(np.prod(slab.shape)) // heads(slab) * np.dtype(slab.dtype).itemsize
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def addresses(spec, order, num_pages):
     """[(bytes of the array, {(name, layer): addresses (num_pages, page_size, heads)})] for each array of the pool.
 
@@ -76,10 +76,10 @@ def addresses(spec, order, num_pages):
 
 
 def _walk(spec, order, slabs, num_pages):
-    places = {
-        (s.name, s.layer): np.full((num_pages, spec.page_size, heads(s)), -1, np.int64) for s in slabs
-    }
-    pads_records = order[0] == "page" and {"layer", "kv"} <= set(order) or order[:2] == ["kv", "page"] and "layer" in order
+    places = {(s.name, s.layer): np.full((num_pages, spec.page_size, heads(s)), -1, np.int64) for s in slabs}
+    pads_records = (order[0] == "page" and {"layer", "kv"} <= set(order)) or (
+        order[:2] == ["kv", "page"] and "layer" in order
+    )
     names = list(dict.fromkeys(s.name for s in spec.slabs))
     layers = list(dict.fromkeys(s.layer for s in spec.slabs))
     cursor = 0
@@ -137,7 +137,11 @@ def fits(spec, order):
                 return False
         # Slabs apart along an axis outside of head need not share it.
         sharing = [
-            [s for s in group if ("layer" in inside_head or s.layer == o.layer) and ("kv" in inside_head or s.name == o.name)]
+            [
+                s
+                for s in group
+                if ("layer" in inside_head or s.layer == o.layer) and ("kv" in inside_head or s.name == o.name)
+            ]
             for o in group
         ]
         if any(len({heads(s) for s in slabs}) > 1 for slabs in sharing):

@@ -78,5 +78,3 @@ class AgainstSets(stateful.RuleBasedStateMachine):
 
 
 TestAgainstSets = AgainstSets.TestCase
-
-

@@ -63,8 +63,8 @@ def test_longest_run(device, host, run_bytes):
 def test_fingerprint_is_the_same_everywhere_and_always():
     """A change of these values makes every stored page unreadable: raise _FORMAT_VERSION if it is meant."""
     code = (
-        "from jax_kvpool import *; s = PageSpec.uniform(16, 32, {'k': ((8, 128), 'bfloat16'), 'v': ((8, 128), 'bfloat16')});"
-        "print(fingerprint(s, HOST_LAYOUTS['page_first']))"
+        "from jax_kvpool import *; kv = ((8, 128), 'bfloat16');"
+        "print(fingerprint(PageSpec.uniform(16, 32, {'k': kv, 'v': kv}), HOST_LAYOUTS['page_first']))"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == fingerprint(LLAMA_8B, HOST_LAYOUTS["page_first"]) == "202a3f5450ece464bb10764409adb15e"

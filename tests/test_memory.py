@@ -175,7 +175,9 @@ def test_no_leak_over_many(cuda_device):
 
 def test_too_much_is_refused_with_the_numbers(cuda_device):
     before = resident_bytes()
-    with pytest.raises(MemoryError, match=r"num_bytes: \d+ bytes \(1048576.0 GiB\) wanted, \d+ \([\d.]+ GiB\) available"):
+    with pytest.raises(
+        MemoryError, match=r"num_bytes: \d+ bytes \(1048576.0 GiB\) wanted, \d+ \([\d.]+ GiB\) available"
+    ):
         HostMemory(2**50, cuda_device=cuda_device)
     assert resident_bytes() - before < 4 * MIB
 

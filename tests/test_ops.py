@@ -62,7 +62,12 @@ def pages(rng, num, num_pages):
 # specs; both directions in one program.
 PROGRAMS = [
     *((spec, device, "page_first") for spec in oracle.SPECS for device in oracle.DEVICE_ORDERS),
-    *((spec, device, host) for spec in ("gqa", "mla") for device in oracle.DEVICE_ORDERS for host in oracle.HOST_ORDERS),
+    *(
+        (spec, device, host)
+        for spec in ("gqa", "mla")
+        for device in oracle.DEVICE_ORDERS
+        for host in oracle.HOST_ORDERS
+    ),
 ]
 
 
@@ -216,16 +221,28 @@ ONE = np.zeros(1, np.int32)
     ("call", "error", "match"),
     [
         (lambda p, h: load(p, HostPool.create(OTHER, 3), ONE, ONE), ValueError, "host: its PageSpec differs.*name='v'"),
-        (lambda p, h: load(p, HostPool.create(oracle.SPECS["gqa"](8), 3), ONE, ONE), ValueError, "page_size 4 on the device, 8"),
-        (lambda p, h: load(p, h, ONE, np.zeros(2, np.int32)), ValueError, "host_pages: expected 1 ids, as device_pages has, got 2"),
-        (lambda p, h: load(p, h, ONE.astype(np.int64), ONE), TypeError, "device_pages: expected int32 page ids, got int64"),
+        (
+            lambda p, h: load(p, HostPool.create(oracle.SPECS["gqa"](8), 3), ONE, ONE),
+            ValueError,
+            "page_size 4 on the device, 8",
+        ),
+        (
+            lambda p, h: load(p, h, ONE, np.zeros(2, np.int32)),
+            ValueError,
+            "host_pages: expected 1 ids, as device_pages has, got 2",
+        ),
+        (
+            lambda p, h: load(p, h, ONE.astype(np.int64), ONE),
+            TypeError,
+            "device_pages: expected int32 page ids, got int64",
+        ),
         (lambda p, h: load(p, h, ONE, ONE.astype(np.float32)), TypeError, "host_pages: expected int32"),
         (lambda p, h: load(p, h, ONE.reshape(1, 1), ONE), ValueError, "device_pages: expected a 1-D array"),
         (lambda p, h: store(p, h, ONE, ONE, layer=3), ValueError, r"layer: expected one of \(0, 1, 2\), got 3"),
         (lambda p, h: store(p, h, ONE, ONE, layer=-1), ValueError, "layer: expected one of"),
         (lambda p, h: store(p, h, ONE, ONE, max_blocks=0), ValueError, "max_blocks: expected a positive int"),
         (
-            lambda p, h: jax.jit(lambda p, l: load(p, h, ONE, ONE, layer=l))(p, jnp.float32(0)),
+            lambda p, h: jax.jit(lambda p, h, at: load(p, h, ONE, ONE, layer=at))(p, h, jnp.float32(0)),
             TypeError,
             "layer: expected an int or a scalar int32",
         ),
@@ -300,7 +317,6 @@ def test_a_donated_host_pool_is_not_lost(pools):
 
 def test_beyond_4_gib_of_one_layer(device):
     """Offsets of more than 32 bits, through XLA; needs 5 GiB beside what is in use."""
-    from jax_kvpool import HOST_LAYOUTS
     from jax_kvpool.memory import available_bytes
 
     spec = PageSpec.uniform(1, 1, {"k": ((4, 1 << 18), "uint8")})

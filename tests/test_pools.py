@@ -41,7 +41,9 @@ def test_wrap_reads_the_spec_off_the_arrays(name, spec_name):
 
 
 def test_wrap_with_kv_inside():
-    pool = DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8), jnp.bfloat16)] * 3, Layout.parse("kv page token head"), names=["k", "v"])
+    pool = DevicePool.wrap(
+        [jnp.zeros((2, 6, 4, 2, 8), jnp.bfloat16)] * 3, Layout.parse("kv page token head"), names=["k", "v"]
+    )
     assert pool.spec == GQA and pool.num_pages == 6
 
 
@@ -57,13 +59,19 @@ def test_wrap_a_hybrid():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: DevicePool.wrap({"k": [jnp.zeros((6, 4, 2, 8))], "v": [jnp.zeros((5, 4, 2, 8))]}), "must be the same in all"),
+        (
+            lambda: DevicePool.wrap({"k": [jnp.zeros((6, 4, 2, 8))], "v": [jnp.zeros((5, 4, 2, 8))]}),
+            "must be the same in all",
+        ),
         (lambda: DevicePool.wrap({"k": [jnp.zeros((6, 4, 2, 8))]}, page_size=8), "page_size: the arrays have 4"),
         (lambda: DevicePool.wrap({"k": [jnp.zeros((24, 2, 8))]}, "token_granular"), "page_size: must be given"),
         (lambda: DevicePool.wrap({"k": [jnp.zeros((23, 2, 8))]}, "token_granular", page_size=4), "not whole pages"),
         (lambda: DevicePool.wrap({"k": [jnp.zeros(24)]}), "expected axes"),
         (lambda: DevicePool.wrap({"k": [jnp.zeros((6, 4, 2, 8))]}, "layers"), "layout: expected a Layout or one of"),
-        (lambda: DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8))], Layout.parse("kv page token head")), "names: must be given"),
+        (
+            lambda: DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8))], Layout.parse("kv page token head")),
+            "names: must be given",
+        ),
         (
             lambda: DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8))], Layout.parse("kv page token head"), names=["k"]),
             "has 2 of them",

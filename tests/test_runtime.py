@@ -32,7 +32,9 @@ def test_a_jaxlib_that_is_too_old_is_named(monkeypatch, tmp_path):
     header.parent.mkdir(parents=True)
     header.write_text("#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR 1\n")
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
-    with pytest.raises(ImportError, match=r"built for XLA FFI 0\.\d+, but jaxlib .* provides 0\.1: install a newer jax"):
+    with pytest.raises(
+        ImportError, match=r"built for XLA FFI 0\.\d+, but jaxlib .* provides 0\.1: install a newer jax"
+    ):
         _runtime.require_runtime()
 
 

@@ -71,7 +71,11 @@ def test_store_and_load(num_shards):
 
 def test_a_mesh_of_two_axes():
     mesh = Mesh(np.array(jax.devices("cpu")).reshape(2, 4), ("dp", "tp"))
-    arrays = {"k": [jax.device_put(np.ones((PAGES, 4, 8, 8), np.float32), NamedSharding(mesh, PartitionSpec("dp", None, "tp")))]}
+    arrays = {
+        "k": [
+            jax.device_put(np.ones((PAGES, 4, 8, 8), np.float32), NamedSharding(mesh, PartitionSpec("dp", None, "tp")))
+        ]
+    }
     device = DevicePool.wrap(arrays)
     assert device.num_pages == PAGES // 2 and device.spec.slabs[0].shape == (2, 8)
     host = HostPool.create(device.spec, 2, device=mesh)
