@@ -14,14 +14,17 @@ namespace kvpool {
 namespace {
 
 constexpr int kWarpLanes = 32;
-// H100, PCIe Gen5 x16, fraction of a contiguous cudaMemcpyAsync at 4 blocks, load / store, pages of 16 tokens (2 KB
-// rows, 32 KB slabs):
-//   warps x units   8 x 8       16 x 4      16 x 8      16 x 16     32 x 4      32 x 8
-//                   0.66 / 0.94 0.92 / 0.95 0.95 / 0.95 0.91 / 0.91 0.92 / 0.94 0.92 / 0.91
-// More blocks gain nothing for 16 x 8: SM reads over the link end at 0.92-0.95 of the roof, and writes at 0.95.
+// H100, PCIe Gen5 x16, 4 blocks, pages of 16 tokens (32 KB slabs), fraction of a contiguous cudaMemcpyAsync:
+//   warps x units   8 x 4   8 x 8   8 x 16  16 x 4  16 x 8  16 x 16  32 x 4  32 x 8
+//   load            0.51    0.66    0.82    0.92    0.95    0.91     0.92    0.92
+//   store           0.94    0.94    0.95    0.947   0.947   0.91     0.94    0.91
+// 16 blocks: load 0.93 to 0.96, store 0.945 to 0.95 for all of them. A load waits for the link, so it wants more bytes
+// in flight; a store reads the GPU's own memory, and its writes go out best in fewer pieces at a time.
 constexpr int kWarpsPerBlock = 16;
-constexpr int kUnitsInFlight = 8;
-constexpr int kUnitsPerPiece = kUnitsInFlight * kWarpLanes;
+template <Direction direction>
+constexpr int kUnitsInFlight = direction == Direction::kLoad ? 8 : 4;
+template <Direction direction>
+constexpr int kUnitsPerPiece = kUnitsInFlight<direction> * kWarpLanes;
 
 // Division of n < 2^31 by a divisor that the host knows, as a multiplication (Granlund & Montgomery, 1994): the index
 // arithmetic of a unit is four of them, and must hide behind the link.
@@ -52,13 +55,14 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
   const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
   const uint32_t lane = threadIdx.x % kWarpLanes;
 
-  for (int64_t piece = warp * kUnitsPerPiece; piece < num_units; piece += num_warps * kUnitsPerPiece) {
+  for (int64_t piece = warp * kUnitsPerPiece<direction>; piece < num_units;
+       piece += num_warps * kUnitsPerPiece<direction>) {
     const int64_t first_pair = piece / units.per_pair.divisor;
     const uint32_t first_unit = static_cast<uint32_t>(piece - first_pair * units.per_pair.divisor) + lane;
-    Unit values[kUnitsInFlight];
-    Unit* targets[kUnitsInFlight];
+    Unit values[kUnitsInFlight<direction>];
+    Unit* targets[kUnitsInFlight<direction>];
 #pragma unroll
-    for (int k = 0; k < kUnitsInFlight; ++k) {
+    for (int k = 0; k < kUnitsInFlight<direction>; ++k) {
       targets[k] = nullptr;
       const uint32_t unit = first_unit + k * kWarpLanes;
       const uint32_t pairs_on = units.per_pair.Quotient(unit);
@@ -81,7 +85,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
       targets[k] = reinterpret_cast<Unit*>(direction == Direction::kLoad ? device : host);
     }
 #pragma unroll
-    for (int k = 0; k < kUnitsInFlight; ++k) {
+    for (int k = 0; k < kUnitsInFlight<direction>; ++k) {
       if (targets[k] != nullptr) *targets[k] = values[k];
     }
   }
@@ -124,8 +128,9 @@ cudaError_t LaunchCopy(const PageCopy& copy, Direction direction, int64_t max_bl
   const uint32_t units_per_slab = units_per_run * copy.num_outer * copy.num_inner;
   const uint32_t units_per_pair = units_per_slab * copy.slabs_per_layer;
   const int64_t num_units = copy.num_pairs * units_per_pair;
-  constexpr int64_t kUnitsPerBlock = int64_t{kWarpsPerBlock} * kUnitsPerPiece;
-  const int64_t num_blocks = std::min((num_units + kUnitsPerBlock - 1) / kUnitsPerBlock, max_blocks);
+  const int64_t units_per_block = kWarpsPerBlock * (direction == Direction::kLoad ? kUnitsPerPiece<Direction::kLoad>
+                                                                                  : kUnitsPerPiece<Direction::kStore>);
+  const int64_t num_blocks = std::min((num_units + units_per_block - 1) / units_per_block, max_blocks);
   if (num_blocks <= 0) return cudaSuccess;
   const Units units = {Divisor(units_per_pair), Divisor(units_per_slab), Divisor(units_per_run),
                        Divisor(copy.num_inner)};
