@@ -39,12 +39,12 @@ def main():
         spec = PageSpec.uniform(16, 32, slabs)
         device, host = DevicePool.create(spec, 64, layout), HostPool.create(spec, 64)
         ids = jax.device_put(np.array([5], np.int32)), jax.device_put(np.array([7], np.int32))
-        identity = jax.jit(lambda d, h, i, j: d, donate_argnums=0, keep_unused=True)
-        one_kernel = jax.jit(lambda d, h, i, j: (d, i + j), donate_argnums=0, keep_unused=True)
+        identity = jax.jit(lambda d: d, donate_argnums=0)
+        one_kernel = jax.jit(lambda d, i, j: (d, i + j), donate_argnums=0)
         loading = jax.jit(load, donate_argnums=0)
         functions = [
-            lambda d: identity(d, host, *ids),
-            lambda d: one_kernel(d, host, *ids)[0],
+            identity,
+            lambda d: one_kernel(d, *ids)[0],
             lambda d: loading(d, host, *ids),
         ]
         (base, _, cost), (_, kernel_more, more) = microseconds_per_call(functions, device)

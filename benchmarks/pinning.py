@@ -2,8 +2,7 @@
 
 python benchmarks/pinning.py [--json FILE] [--gigabytes 16]
 
-Each size several times: on a virtual machine the first use of its memory waits for the hypervisor to provide it, however
-it is asked for.
+Each size several times: on a virtual machine the first use of its memory waits for the hypervisor to provide it.
 """
 
 import itertools
@@ -26,12 +25,13 @@ def main():
     rows = []
     for gigabytes, run in itertools.product(args.gigabytes, range(1, args.runs + 1)):
         begin = time.perf_counter()
-        pool = HostPool.create(spec, int(gigabytes * 1e9) // spec.slab_bytes)
+        pool = HostPool.create(spec, int(gigabytes * 1e9) // spec.payload_bytes)
         created = time.perf_counter()
         num_bytes = pool.memories[0].num_bytes
         pool.close()
-        del pool.array
-        rows.append({"run": run, "GB": num_bytes / 1e9, "seconds": created - begin, "GB/s": num_bytes / 1e9 / (created - begin)})
+        rows.append(
+            {"run": run, "GB": num_bytes / 1e9, "seconds": created - begin, "GB/s": num_bytes / 1e9 / (created - begin)}
+        )
     harness.report(rows, args.json)
 
 

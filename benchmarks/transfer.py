@@ -51,7 +51,7 @@ def check(op, device, host, device_pages, host_pages):
 
 
 def measure(op, spec, per_layer, max_blocks, driver, repeats, rng):
-    num_pairs = TOTAL_BYTES // spec.slab_bytes
+    num_pairs = TOTAL_BYTES // spec.payload_bytes
     num_pages = num_pairs + num_pairs // 4
     device = DevicePool.create(spec, num_pages)
     host = HostPool.create(spec, num_pages)
@@ -76,7 +76,7 @@ def measure(op, spec, per_layer, max_blocks, driver, repeats, rng):
         wall, device = harness.wall_seconds(lambda d: one(d, host, *ids), device)
         chain, device = harness.wall_seconds(lambda d: many(d, host, *ids), device)
         gpu = (chain - wall) / (CHAIN - 1)
-        bytes_moved = num_pairs * spec.slab_bytes
+        bytes_moved = num_pairs * spec.payload_bytes
         roof *= bytes_moved / driver.num_bytes
         samples.append((bytes_moved / gpu / 1e9, roof / gpu, roof / wall, bytes_moved / roof / 1e9))
     host.close()
@@ -85,7 +85,7 @@ def measure(op, spec, per_layer, max_blocks, driver, repeats, rng):
 
 def measure_plain_jax(op, spec, driver, repeats, rng):
     """What a user writes without this library: whole layers as pinned arrays, gathered and scattered by XLA."""
-    num_pairs = TOTAL_BYTES // spec.slab_bytes
+    num_pairs = TOTAL_BYTES // spec.payload_bytes
     num_pages = num_pairs + num_pairs // 4
     pool = [
         jnp.zeros((num_pages, spec.page_size, *shape), dtype)
@@ -104,7 +104,7 @@ def measure_plain_jax(op, spec, driver, repeats, rng):
             seconds, pool = harness.wall_seconds(lambda p: scatter(p, jax.device_put(host, on_device)), pool)
         else:
             seconds, host = harness.wall_seconds(lambda _: gather(pool), host)
-        ratios.append(roof * num_pairs * spec.slab_bytes / driver.num_bytes / seconds)
+        ratios.append(roof * num_pairs * spec.payload_bytes / driver.num_bytes / seconds)
     return harness.median(ratios[1:])
 
 

@@ -1,6 +1,6 @@
 // Moves pages over PCIe with few thread blocks. The link is the bottleneck, so all that counts is bytes in flight:
-// every lane issues kUnitsInFlight independent loads before its first write, of the widest access that all
-// addresses allow, and consecutive lanes touch consecutive bytes wherever both sides are contiguous.
+// every lane issues kUnitsInFlight independent reads before its first write, of the widest access that all addresses
+// allow, and consecutive lanes touch consecutive bytes wherever both sides are contiguous.
 //
 // The bytes to move form one list of units (one access each), ordered pair, slab, run, offset; a warp takes
 // kUnitsInFlight * 32 consecutive units at a time, whatever slab or pair they belong to, so that short slabs
@@ -55,10 +55,18 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
   const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
   const uint32_t lane = threadIdx.x % kWarpLanes;
 
-  for (int64_t piece = warp * kUnitsPerPiece<direction>; piece < num_units;
-       piece += num_warps * kUnitsPerPiece<direction>) {
+  const int64_t stride = num_warps * kUnitsPerPiece<direction>;
+
+  for (int64_t piece = warp * kUnitsPerPiece<direction>; piece < num_units; piece += stride) {
     const int64_t first_pair = piece / units.per_pair.divisor;
-    const uint32_t first_unit = static_cast<uint32_t>(piece - first_pair * units.per_pair.divisor) + lane;
+    const uint32_t in_first_pair = static_cast<uint32_t>(piece - first_pair * units.per_pair.divisor);
+    // Of a pair that is skipped, only the piece that reaches into the next one matters: padding costs next to nothing.
+    const int64_t to_skip = int64_t{units.per_pair.divisor} - in_first_pair - kUnitsPerPiece<direction>;
+    if (to_skip >= 0 && !copy.Contains(copy.device_pages[first_pair], copy.host_pages[first_pair])) {
+      piece += to_skip / stride * stride;
+      continue;
+    }
+    const uint32_t first_unit = in_first_pair + lane;
     Unit values[kUnitsInFlight<direction>];
     Unit* targets[kUnitsInFlight<direction>];
 #pragma unroll

@@ -1,13 +1,12 @@
 // From a call's operands and its plan to PageCopies. The plan is what jax_kvpool/plan.py made of the two layouts
 // when the call was traced, as the int64 list that an FFI attribute can be:
 //
-//   num_device_pages, num_host_pages, host_bytes, num_arrays, bytes of each array, num_shapes, then for each shape
+//   num_device_pages, num_host_pages, host_bytes, num_arrays, bytes of each array, num_copies, then for each PageCopy
 //     num_outer, num_inner, run_bytes, device page, outer, inner stride, host page, outer, inner stride,
-//     slabs_per_layer, num_slabs, then for each slab
+//     first_slab, slabs_per_layer, num_slabs, then for each slab
 //       array, offset in it, offset in the host pool
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -60,7 +59,7 @@ std::optional<std::string> RunPlan(std::span<const int64_t> plan, const CopyOper
   }
   if (operands.num_pairs == 0) return std::nullopt;
 
-  for (int64_t num_shapes = read(); num_shapes > 0; --num_shapes) {
+  for (int64_t num_copies = read(); num_copies > 0; --num_copies) {
     copy.num_outer = static_cast<int32_t>(read());
     copy.num_inner = static_cast<int32_t>(read());
     copy.run_bytes = read();
@@ -69,18 +68,14 @@ std::optional<std::string> RunPlan(std::span<const int64_t> plan, const CopyOper
       strides->outer_bytes = read();
       strides->inner_bytes = read();
     }
+    copy.first_slab = static_cast<int32_t>(read());
     copy.slabs_per_layer = static_cast<int32_t>(read());
-    const int64_t num_slabs = read();
-    const int64_t slabs_a_launch = PageCopy::kMaxSlabs / copy.slabs_per_layer * copy.slabs_per_layer;
-    for (int64_t first = 0; first < num_slabs; first += slabs_a_launch) {
-      copy.first_slab = static_cast<int32_t>(first);
-      copy.num_slabs = static_cast<int32_t>(std::min(slabs_a_launch, num_slabs - first));
-      for (int32_t s = 0; s < copy.num_slabs; ++s) {
-        const int64_t index = read(), device_offset = read(), host_offset = read();
-        copy.slabs[s] = {array(index).data + device_offset, operands.host.data + host_offset};
-      }
-      if (auto error = run(copy)) return error;
+    copy.num_slabs = static_cast<int32_t>(read());
+    for (int32_t s = 0; s < copy.num_slabs; ++s) {
+      const int64_t index = read(), device_offset = read(), host_offset = read();
+      copy.slabs[s] = {array(index).data + device_offset, operands.host.data + host_offset};
     }
+    if (auto error = run(copy)) return error;
   }
   return std::nullopt;
 }

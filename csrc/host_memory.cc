@@ -1,5 +1,6 @@
 #include "host_memory.h"
 
+#include <linux/mman.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,6 +21,7 @@ constexpr int64_t kHugePageBytes = int64_t{2} << 20;
 constexpr int64_t kStripeBytes = int64_t{32} << 20;
 
 std::atomic<bool> leave_to_exit{false};
+std::atomic<int> num_retiring{0};  // threads that unmap
 
 [[noreturn]] void ThrowErrno(int error, const char* what) {
   throw std::system_error(error, std::generic_category(), what);
@@ -57,8 +59,14 @@ void Retire(HostMemory* memory) {
     delete memory;
   } else if (!leave_to_exit) {
     try {
-      std::thread([memory] { delete memory; }).detach();
+      ++num_retiring;
+      std::thread([memory] {
+        delete memory;
+        --num_retiring;
+        num_retiring.notify_all();
+      }).detach();
     } catch (const std::system_error&) {  // no thread to be had: rather a leak than a CUDA call here
+      --num_retiring;
     }
   }
 }
@@ -72,9 +80,10 @@ LiveMemory& GetLiveMemory() {
 
 std::shared_ptr<HostMemory> HostMemory::Map(int64_t bytes, HugePages huge_pages, int numa_node) {
   // Room to start on a huge page; an explicit mapping does so by itself and must be whole huge pages.
+  constexpr int kHuge = MAP_HUGETLB | (21 << MAP_HUGE_SHIFT);  // of 2 MiB, whatever the machine's default is
   const bool is_explicit = huge_pages == HugePages::kExplicit;
   const int64_t mapping_bytes = RoundUp(bytes, kHugePageBytes) + (is_explicit ? 0 : kHugePageBytes);
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (is_explicit ? MAP_HUGETLB : 0);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (is_explicit ? kHuge : 0);
   void* mapping = mmap(nullptr, mapping_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (mapping == MAP_FAILED) ThrowErrno(errno, "mmap");
 
@@ -120,6 +129,9 @@ void HostMemory::Unmap() {
   mapping_ = nullptr;
 }
 
-void HostMemory::LeaveToExit() { leave_to_exit = true; }
+void HostMemory::LeaveToExit() {
+  leave_to_exit = true;
+  for (int n; (n = num_retiring) != 0;) num_retiring.wait(n);
+}
 
 }  // namespace kvpool

@@ -70,8 +70,8 @@ class HostMemory {
   // Ends the pins (which waits for their devices), then the mapping. For the last owner only.
   void Unmap();
 
-  // At the end of the process memory still owned by arrays is left to the operating system: threads and CUDA may be
-  // gone by then.
+  // For the end of the process: waits for memory that is being unmapped, and leaves what arrays still own to the
+  // operating system, since threads and CUDA may be gone when they go.
   static void LeaveToExit();
 
  private:

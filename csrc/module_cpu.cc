@@ -147,7 +147,7 @@ NB_MODULE(_cpu, m) {
   m.def("load_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolLoadCpu)); });
   m.def("store_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolStoreCpu)); });
   m.def("live_memory", [] { return nb::capsule(&GetLiveMemory(), "jax_kvpool.LiveMemory"); });
-  m.def("leave_to_exit", &HostMemory::LeaveToExit);
+  m.def("leave_to_exit", &HostMemory::LeaveToExit, nb::call_guard<nb::gil_scoped_release>());
 
   nb::enum_<HugePages>(m, "HugePages")
       .value("NONE", HugePages::kNone)

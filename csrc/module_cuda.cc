@@ -2,7 +2,9 @@
 #include <cuda_runtime.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <sys/mman.h>
 
+#include <cctype>
 #include <stdexcept>
 #include <string>
 
@@ -17,29 +19,42 @@ namespace {
 
 void Check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // a pending error would fail XLA's next call
+  cudaGetLastError();  // a pending error would be taken for one of the next launch
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Runs on whatever thread unmaps the memory. Errors are ignored: at worst the driver keeps a registration of
-// memory that the process no longer has.
+// Makes `device` the thread's current device for as long as it lives.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    Check(cudaGetDevice(&previous_), "cudaGetDevice");
+    Check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~CurrentDevice() { cudaSetDevice(previous_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+// Runs on whatever thread unmaps the memory. Errors are ignored: at worst the driver keeps a registration of memory
+// that the process no longer has.
 void Unpin(const Pin& pin) {
-  int previous = 0;
-  if (cudaGetDevice(&previous) != cudaSuccess) return;
-  cudaSetDevice(pin.device);
-  cudaDeviceSynchronize();  // XLA may drop an array before the program that reads it has run
-  cudaHostUnregister(pin.data);
-  cudaSetDevice(previous);
-  cudaGetLastError();
+  try {
+    const CurrentDevice current(pin.device);
+    cudaDeviceSynchronize();  // XLA may drop an array before the program that reads it has run
+    cudaHostUnregister(pin.data);
+    cudaGetLastError();
+  } catch (const std::runtime_error&) {
+  }
 }
 
 // Pins [begin, end) of the memory behind `handle` (jax_kvpool._cpu.HostMemory.handle()) for `device`.
 void PinMemory(const nb::capsule& handle, int64_t begin, int64_t end, int device) {
   auto* memory = static_cast<HostMemory*>(handle.data("jax_kvpool.HostMemory"));
   const nb::gil_scoped_release release;
-  int previous = 0;
-  Check(cudaGetDevice(&previous), "cudaGetDevice");
-  Check(cudaSetDevice(device), "cudaSetDevice");
+  const CurrentDevice current(device);
   int same_address = 0;
   Check(cudaDeviceGetAttribute(&same_address, cudaDevAttrCanUseHostPointerForRegisteredMem, device),
         "cudaDeviceGetAttribute");
@@ -47,7 +62,7 @@ void PinMemory(const nb::capsule& handle, int64_t begin, int64_t end, int device
   char* data = memory->data() + begin;
   Check(cudaHostRegister(data, end - begin, cudaHostRegisterPortable | cudaHostRegisterMapped), "cudaHostRegister");
   memory->AddPin({data, device, Unpin});
-  Check(cudaSetDevice(previous), "cudaSetDevice");
+  madvise(data, end - begin, MADV_DONTFORK);  // a fork must neither copy it nor make the GPU write beside it
 }
 
 // "0000:1b:00.0", as the kernel names the device under /sys/bus/pci/devices.

@@ -10,7 +10,7 @@ tokens of a block are drawn from its hash id, so equal ids are equal tokens. Arr
 goes. The device pool holds a fraction of the working set; what is reused comes from the host pool.
 
 Every loaded page is compared byte for byte with what was stored (for that it is read back, outside of all timings), and
-every `--check-every`-th request with a prefix hit is computed again without the host pool. A difference raises
+every request with a prefix hit (or every `--check-every`-th) is computed again without the host pool. A difference raises
 `MismatchError`; the program says so and exits with 1.
 """
 
@@ -77,7 +77,7 @@ def gather_pages(device: DevicePool, pages: jax.Array) -> dict[str, jax.Array]:
 class CheckedServer(Server):
     """Raises `MismatchError` if a page or a logit is not what it ought to be."""
 
-    def __init__(self, *args: Any, check_every: int = 10) -> None:
+    def __init__(self, *args: Any, check_every: int = 1) -> None:
         self.check_every = check_every
         self.digests: dict[int, bytes] = {}  # of what each host page was given
         self.num_hits = self.num_logits = self.num_tokens = 0
@@ -158,7 +158,7 @@ class CheckedServer(Server):
 
 def results(server: CheckedServer, requests: Sequence[Request], seconds: float) -> dict[str, Any]:
     hits = [r for r in requests if r.num_loaded]
-    page_bytes, num_loaded = server.device.spec.slab_bytes, sum(r.num_loaded for r in requests)
+    page_bytes, num_loaded = server.device.spec.payload_bytes, sum(r.num_loaded for r in requests)
     num_stored = sum(r.num_stored for r in requests)
     num_copied = min(256, len(server.cache.pages), server.device.num_pages)
     load_seconds, store_seconds = server.copy_seconds(num_copied)
@@ -254,7 +254,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--max-output", type=int, default=8, help="generate at most so many tokens a request (default: 8)")
     option("--device-pages", type=int, help="(default: an eighth of the distinct full blocks)")
     option("--host-pages", type=int, help="(default: three fifths of the distinct full blocks)")
-    option("--check-every", type=int, default=10, help="compute every so many-th hit again (default: 10)")
+    option("--check-every", type=int, default=1, help="compute every so many-th hit again (default: 1)")
     option("--seed", type=int, default=0, help="of weights and tokens (default: 0)")
     option("--json", type=Path, help="a file to write the results to")
     return parser.parse_args(arguments)

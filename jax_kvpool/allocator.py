@@ -50,9 +50,13 @@ class PageAllocator:
         self._is_free[pages] = False
         return pages
 
-    def free(self, pages: npt.ArrayLike) -> None:
-        """Gives pages back. Raises `StalePageError` if one is free already or named twice, `IndexError` for an id
+    def free(self, pages: npt.ArrayLike, generations: npt.ArrayLike | None = None) -> None:
+        """Gives pages back; with their `generations`, only if nobody else has had them since (see `check`).
+
+        Raises `StalePageError` if one is free already or named twice, `IndexError` for an id
         that is not in the pool."""
+        if generations is not None:
+            self.check(pages, generations)
         ids = self._ids(pages)
         if (stale := ids[self._is_free[ids]]).size:
             raise StalePageError(f"pages: {stale.tolist()} are free already")
@@ -72,8 +76,10 @@ class PageAllocator:
 
     def check(self, pages: npt.ArrayLike, generations: npt.ArrayLike) -> None:
         """Raises `StalePageError` if a page is free, or was freed since `generations` was read."""
-        ids = self._ids(pages)
-        stale = ids[self._is_free[ids] | (self._generations[ids] != np.asarray(generations))]
+        ids, then = self._ids(pages), np.asarray(generations)
+        if then.shape != ids.shape:
+            raise ValueError(f"generations: expected one for each of {ids.size} pages, got shape {then.shape}")
+        stale = ids[self._is_free[ids] | (self._generations[ids] != then)]
         if stale.size:
             raise StalePageError(f"pages: {stale.tolist()} were freed since")
 

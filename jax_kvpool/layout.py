@@ -30,6 +30,7 @@ __all__ = [
     "Layout",
     "PageSpec",
     "Placement",
+    "Record",
     "Slab",
     "SlabPlace",
     "fingerprint",
@@ -88,15 +89,15 @@ class Slab:
 class PageSpec:
     """What a page is: `page_size` tokens of every slab.
 
-    The slabs are kept in order of layer, then as given. Layers may differ in their slabs, and slabs in shape and
-    dtype.
+    The slabs are kept in order of layer, then name: the order in which they are given does not matter, as JAX sorts the
+    keys of dictionaries. Layers may differ in their slabs, and slabs in shape and dtype.
     """
 
     slabs: tuple[Slab, ...]
     page_size: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "slabs", tuple(sorted(self.slabs, key=lambda s: s.layer)))
+        object.__setattr__(self, "slabs", tuple(sorted(self.slabs, key=lambda s: (s.layer, s.name))))
         if self.page_size <= 0 or not self.slabs:
             raise ValueError(f"a page needs tokens and slabs, got page_size={self.page_size}, slabs={self.slabs}")
         keys = [(s.name, s.layer) for s in self.slabs]
@@ -107,7 +108,7 @@ class PageSpec:
     def uniform(page_size: int, num_layers: int, slabs: Mapping[str, tuple[Sequence[int], Any]]) -> PageSpec:
         """The spec of equal layers: `slabs` maps a name to one token's `(shape, dtype)`.
 
-        >>> PageSpec.uniform(16, 32, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}).slab_bytes
+        >>> PageSpec.uniform(16, 32, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}).payload_bytes
         4194304
         """
         return PageSpec(
@@ -128,15 +129,15 @@ class PageSpec:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The names in order of first appearance: the `kv` axis."""
-        return tuple(dict.fromkeys(s.name for s in self.slabs))
+        """The names, sorted: the `kv` axis."""
+        return tuple(sorted({s.name for s in self.slabs}))
 
     @functools.cached_property
     def layers(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(s.layer for s in self.slabs))
 
     @property
-    def slab_bytes(self) -> int:
+    def payload_bytes(self) -> int:
         """Bytes of all slabs of a page, without padding: what a load or store of one page moves."""
         return self.page_size * sum(s.num_heads * s.dim_bytes for s in self.slabs)
 
@@ -155,6 +156,16 @@ class SlabPlace:
 
 
 @dataclasses.dataclass(frozen=True)
+class Record:
+    """Where a page record lies: it begins at byte `offset + page * num_bytes` and is `num_bytes` long, `padding`
+    of them unused."""
+
+    offset: int
+    num_bytes: int
+    padding: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Placement:
     """A spec in a layout: where every slab of every page lies.
 
@@ -163,15 +174,14 @@ class Placement:
       places: one `SlabPlace` for each slab, in the spec's order.
       array_bytes: bytes of each array.
       array_keys: what tells the arrays apart: `(layer or None, name or None)`.
-      records: `(offset, bytes, padding)` of each record of page 0; the records of page p begin `p * bytes` later.
-        Empty for a layout whose pages are not contiguous.
+      records: the records of a page: one, or one for each name, or none if pages are not contiguous.
     """
 
     num_pages: int
     places: tuple[SlabPlace, ...]
     array_bytes: tuple[int, ...]
     array_keys: tuple[tuple[int | None, str | None], ...]
-    records: tuple[tuple[int, int, int], ...]
+    records: tuple[Record, ...]
 
     @functools.cached_property
     def by_key(self) -> dict[tuple[str, int], SlabPlace]:
@@ -294,10 +304,18 @@ def _place(spec: PageSpec, layout: Layout, num_pages: int) -> Placement:
         for slabs in arrays
     )
     places = tuple(by_slab[slab] for slab in spec.slabs)
-    return Placement(num_pages, places, tuple(part.num_bytes for part in parts), keys, _records(layout, spec, places))
+    # The run of bytes that names all axes is a host pool, an array (num_pages, page_bytes).
+    multiple = num_pages if len(layout.order) == len(_AXES) else 1
+    return Placement(
+        num_pages,
+        places,
+        tuple(_round_up(part.num_bytes, multiple) for part in parts),
+        keys,
+        _records(layout, spec, places),
+    )
 
 
-def _records(layout: Layout, spec: PageSpec, places: tuple[SlabPlace, ...]) -> tuple[tuple[int, int, int], ...]:
+def _records(layout: Layout, spec: PageSpec, places: tuple[SlabPlace, ...]) -> tuple[Record, ...]:
     if not layout.has_records:
         return ()
     groups = [[p for p in places if p.slab.name == name] for name in spec.names]
@@ -307,7 +325,7 @@ def _records(layout: Layout, spec: PageSpec, places: tuple[SlabPlace, ...]) -> t
     for group in groups:
         num_bytes = group[0].page_stride
         used = spec.page_size * sum(p.slab.num_heads * p.slab.dim_bytes for p in group)
-        records.append((min(p.offset for p in group), num_bytes, num_bytes - used))
+        records.append(Record(min(p.offset for p in group), num_bytes, num_bytes - used))
     return tuple(records)
 
 

@@ -1,12 +1,13 @@
-"""Pinned host memory: mapped by us, lent to JAX, unmapped when nobody looks at it any more. Knows nothing of JAX."""
+"""Pinned host memory: mapped by us, lent to whoever understands DLPack, unmapped when nobody looks at it any more."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import importlib.util
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -26,8 +27,8 @@ _HUGE_PAGES: Final = {
 }
 _GIB: Final = 2**30
 # cudaHostRegister refuses 512 GiB or more at once on recent drivers. A piece is also a step of the progress.
-_PIECE_BYTES: Final = 4 * _GIB
-_PROGRESS_BAR_BYTES: Final = 8 * _GIB  # less takes under a second
+PIECE_BYTES: Final = 4 * _GIB
+_PROGRESS_BAR_BYTES: Final = 8 * _GIB  # less takes about a second
 
 # At exit arrays may still own memory: the operating system takes it back.
 atexit.register(_cpu.leave_to_exit)
@@ -36,9 +37,9 @@ atexit.register(_cpu.leave_to_exit)
 class HostMemory:
     """`num_bytes` bytes of zeros in host memory, present and, for a GPU, pinned.
 
-    Mapped with `mmap`, made present by many threads, registered with CUDA in pieces: ten times faster than
-    `cudaHostAlloc` (24 GB in 1.0 s against 15.4 s on an H100 machine). All or nothing: if any step fails, what was
-    done is undone and the error raised.
+    Mapped with `mmap`, made present by many threads, registered with CUDA in pieces: 16 GB in 1.2 to 1.5 s on an H100
+    machine with 16 cores (benchmarks/pinning.py), where `cudaHostAlloc` takes ten times as long. All or nothing: if any
+    step fails, what was done is undone and the error raised.
 
     Ownership: this object and every array over the memory (NumPy views, JAX arrays through `dlpack`) are its owners.
     `close()` makes handlers refuse the memory at once; it is unmapped when the last array is gone.
@@ -46,9 +47,11 @@ class HostMemory:
     Args:
       num_bytes: how many.
       cuda_device: pin it for this CUDA device (its ordinal); `None`: plain memory.
-      boundary_bytes: pieces are registered on multiples of it, so that no record lies in two.
+      piece_ends: where the pieces end that are registered at once, ascending, `num_bytes` last: the copy engine must
+        not cross them. Default: every 4 GiB.
       huge_pages: "transparent" (where the kernel has them free), "explicit" (from the reserved pool, or fail), "none".
-      numa_node: the preferred node; "auto": the one the GPU hangs on; `None`: wherever.
+      numa_node: the preferred node (another one serves where it has no room); "auto": the one the GPU hangs on, if the
+        kernel lets us say so; `None`: wherever.
       num_threads: how many make the pages present; default: one a core, at most 16.
       progress: called with `(bytes done, num_bytes)` after every piece; by default a tqdm bar from 8 GiB on, if tqdm is
         installed and stderr is a terminal.
@@ -64,7 +67,7 @@ class HostMemory:
         num_bytes: int,
         *,
         cuda_device: int | None = None,
-        boundary_bytes: int = 1,
+        piece_ends: Sequence[int] | None = None,
         huge_pages: Literal["transparent", "explicit", "none"] = "transparent",
         numa_node: int | Literal["auto"] | None = "auto",
         num_threads: int | None = None,
@@ -72,6 +75,10 @@ class HostMemory:
     ) -> None:
         if num_bytes <= 0:
             raise ValueError(f"num_bytes: expected a positive number, got {num_bytes}")
+        if piece_ends is None:
+            piece_ends = [*range(PIECE_BYTES, num_bytes, PIECE_BYTES), num_bytes]
+        if num_threads is not None and num_threads <= 0:
+            raise ValueError(f"num_threads: expected a positive number, got {num_threads}")
         if huge_pages not in _HUGE_PAGES:
             raise ValueError(f"huge_pages: expected one of {sorted(_HUGE_PAGES)}, got {huge_pages!r}")
         cuda = None
@@ -82,17 +89,21 @@ class HostMemory:
                 f"num_bytes: {num_bytes} bytes ({num_bytes / _GIB:.1f} GiB) wanted, {available} "
                 f"({available / _GIB:.1f} GiB) available with huge_pages={huge_pages!r}"
             )
-        if numa_node == "auto":
-            numa_node = None if cuda is None else _numa_node(cuda.pci_address(cuda_device))
 
         self.num_bytes: Final = num_bytes
-        self._memory = _cpu.HostMemory(num_bytes, _HUGE_PAGES[huge_pages], -1 if numa_node is None else numa_node)
+        self.cuda_device: Final = cuda_device
+        if numa_node == "auto":
+            node = -1 if cuda is None else _numa_node(cuda.pci_address(cuda_device))
+            try:
+                self._memory = _cpu.HostMemory(num_bytes, _HUGE_PAGES[huge_pages], node)
+            except OSError:  # containers often forbid mbind, or have no part in the node
+                self._memory = _cpu.HostMemory(num_bytes, _HUGE_PAGES[huge_pages], -1)
+        else:
+            self._memory = _cpu.HostMemory(num_bytes, _HUGE_PAGES[huge_pages], -1 if numa_node is None else numa_node)
         try:
             num_threads = num_threads or min(16, len(os.sched_getaffinity(0)))
-            piece_bytes = max(_PIECE_BYTES // boundary_bytes, 1) * boundary_bytes
             with _progress_bar(num_bytes) if progress is None else contextlib.nullcontext(progress) as report:
-                for begin in range(0, num_bytes, piece_bytes):
-                    end = min(begin + piece_bytes, num_bytes)
+                for begin, end in itertools.pairwise([0, *piece_ends]):
                     self._memory.populate(begin, end, num_threads)
                     if cuda is not None:
                         cuda.pin(self._memory.handle(), begin, end, cuda_device)
@@ -120,7 +131,13 @@ class HostMemory:
 
     def dlpack(self, num_rows: int, device: tuple[int, int]) -> DlpackExport:
         """The memory as a uint8 array `(num_rows, num_bytes // num_rows)` for a `from_dlpack`; `device` is DLPack's
-        `(device type, ordinal)`: `(1, 0)` for the CPU, `(3, n)` for memory pinned for CUDA device n."""
+        `(device type, ordinal)`: `(1, n)` for CPU device n, `(3, n)` for memory pinned for CUDA device n.
+
+        Raises `ValueError` if the rows do not divide the memory, or if it is not pinned for that device."""
+        if num_rows <= 0 or self.num_bytes % num_rows:
+            raise ValueError(f"num_rows: expected a divisor of {self.num_bytes} bytes, got {num_rows}")
+        if device[0] not in (1, 3) or (device[0] == 3 and device[1] != self.cuda_device):
+            raise ValueError(f"device: this memory is pinned for CUDA device {self.cuda_device}, got {device}")
         return DlpackExport(self._memory, num_rows, device)
 
     def close(self) -> None:
@@ -198,9 +215,8 @@ def _memory_stat(group: Path) -> dict[str, int]:
     return {key: int(value) for key, value in (line.split() for line in lines)}
 
 
-def _numa_node(pci_address: str) -> int | None:
-    """The node a PCI device hangs on; None where the machine does not say."""
+def _numa_node(pci_address: str) -> int:
+    """The node a PCI device hangs on; -1 where the machine does not say."""
     with contextlib.suppress(OSError):
-        node = int(Path(f"/sys/bus/pci/devices/{pci_address}/numa_node").read_text())
-        return node if node >= 0 else None
-    return None
+        return int(Path(f"/sys/bus/pci/devices/{pci_address}/numa_node").read_text())
+    return -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -96,8 +97,7 @@ def _copy(
         raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
     if max_blocks <= 0:
         raise ValueError(f"max_blocks: expected a positive int, got {max_blocks}")
-    traced = [isinstance(x, jax.core.Tracer) for x in (*jax.tree.leaves(device), device_pages, host_pages)]
-    if any(traced) and not isinstance(host.array, jax.core.Tracer) and _is_staging():
+    if not isinstance(host.array, jax.core.Tracer) and _is_staging():
         raise ValueError(
             "host: this HostPool was closed over by the traced function, which would make it a constant of the "
             "program; pass it as an argument of the jitted function"
@@ -106,7 +106,7 @@ def _copy(
     if host.array.shape != expected or host.array.dtype != jnp.uint8:
         raise ValueError(
             f"host: its array must be uint8{list(expected)}, got {host.array.dtype}{list(host.array.shape)}"
-            " (call it inside shard_map on a sharded pool)"
+            "; a sharded pool has its shard's shapes only inside shard_map"
         )
     arrays = device.flat_arrays()
     static_layer, traced_layer = _layer(layer, device)
@@ -180,7 +180,10 @@ def _is_staging() -> bool:
 
 def _page_ids(name: str, pages: npt.ArrayLike) -> Any:
     """The ids as an int32 array of JAX or NumPy."""
-    array: Any = pages if isinstance(pages, jax.Array | np.ndarray) else np.array(pages, np.int32)
+    array: Any = pages
+    if not isinstance(pages, jax.Array | np.ndarray):  # a list of ints
+        found = np.asarray(pages) if np.size(pages) else np.zeros(0, np.int32)
+        array = np.array(pages, np.int32) if found.dtype.kind == "i" else found
     if array.dtype != np.int32:
         raise TypeError(f"{name}: expected int32 page ids, got {array.dtype}")
     if array.ndim != 1:
@@ -196,9 +199,9 @@ def _layer(layer: int | jax.Array | None, device: DevicePool) -> tuple[int, Any]
         if layer.shape != () or layer.dtype != jnp.int32:
             raise TypeError(f"layer: expected an int or a scalar int32, got {layer.dtype}{list(layer.shape)}")
         return TRACED_LAYER, layer
-    if int(layer) not in device.spec.layers:
+    if operator.index(layer) not in device.spec.layers:
         raise ValueError(f"layer: expected one of {device.spec.layers}, got {layer}")
-    return int(layer), np.int32(0)
+    return operator.index(layer), np.int32(0)
 
 
 def _difference(device: DevicePool, host: HostPool) -> str:

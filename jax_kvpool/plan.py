@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
+from collections.abc import Iterator
 from typing import Final
 
 from jax_kvpool import _cpu
@@ -17,6 +17,10 @@ __all__ = ["ALL_LAYERS", "TRACED_LAYER", "copy_plan"]
 
 ALL_LAYERS: Final = -1
 TRACED_LAYER: Final = -2
+
+
+_Pair = tuple[SlabPlace, SlabPlace]
+"""A slab on the device and on the host."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +75,10 @@ def copy_plan(
     """
     device = device_layout.place(spec, num_device_pages)
     host = host_layout.place(spec, num_host_pages)
-    if spec.slab_bytes >= 2**30:  # a kernel numbers the accesses of a page in 31 bits
-        raise ValueError(f"spec: a page of {spec.slab_bytes} bytes, expected less than 1 GiB")
+    if spec.payload_bytes >= 2**30:  # a kernel numbers the accesses of a page in 31 bits
+        raise ValueError(f"spec: a page of {spec.payload_bytes} bytes, expected less than 1 GiB")
 
-    shapes: dict[_Shape, list[tuple[SlabPlace, SlabPlace]]] = {}
+    shapes: dict[_Shape, list[_Pair]] = {}
     for d, h in zip(device.places, host.places, strict=True):
         if layer < 0 or layer == d.slab.layer:
             shapes.setdefault(_shape(d, h, spec.page_size), []).append((d, h))
@@ -82,26 +86,37 @@ def copy_plan(
 
     plan = [num_device_pages, num_host_pages, sum(host.array_bytes), len(arrays)]
     plan += [device.array_bytes[a] for a in arrays]
-    entries: list[list[int]] = []
-    for shape, slabs in shapes.items():
-        if layer == TRACED_LAYER:
-            per_layer = [sum(d.slab.layer == at for d, _ in slabs) for at in spec.layers]
-            if len(set(per_layer)) > 1 or spec.layers != tuple(range(len(spec.layers))):
-                raise ValueError("layer: a traced layer needs layers 0, 1, ... that are all alike; pass a Python int")
-            batches = [slabs]
-            slabs_per_layer = per_layer[0]
-            if slabs_per_layer > _cpu.MAX_SLABS:
-                raise ValueError(f"layer: {slabs_per_layer} slabs in a layer, expected at most {_cpu.MAX_SLABS}")
-        else:
-            batches = [slabs[i : i + _cpu.MAX_SLABS] for i in range(0, len(slabs), _cpu.MAX_SLABS)]
-            slabs_per_layer = 0  # all of the batch
-        for batch in batches:
-            entry = [shape.outer.extent, shape.inner.extent, shape.run_bytes]
-            entry += [shape.device_page_stride, shape.outer.device_stride, shape.inner.device_stride]
-            entry += [shape.host_page_stride, shape.outer.host_stride, shape.inner.host_stride]
-            entry += [slabs_per_layer or len(batch), len(batch)]
-            for d, h in batch:
-                entry += [arrays.index(d.array), d.offset, h.offset]
-            entries.append(entry)
-    plan += [len(entries), *itertools.chain.from_iterable(entries)]
+    launches = [launch for shape, slabs in shapes.items() for launch in _launches(shape, slabs, spec, layer)]
+    plan.append(len(launches))
+    for shape, first_slab, slabs_per_layer, slabs in launches:
+        plan += [shape.outer.extent, shape.inner.extent, shape.run_bytes]
+        plan += [shape.device_page_stride, shape.outer.device_stride, shape.inner.device_stride]
+        plan += [shape.host_page_stride, shape.outer.host_stride, shape.inner.host_stride]
+        plan += [first_slab, slabs_per_layer, len(slabs)]
+        for d, h in slabs:
+            plan += [arrays.index(d.array), d.offset, h.offset]
     return tuple(plan), tuple(arrays)
+
+
+def _launches(
+    shape: _Shape, slabs: list[_Pair], spec: PageSpec, layer: int
+) -> Iterator[tuple[_Shape, int, int, list[_Pair]]]:
+    """Divides slabs among launches: yields `(shape, first slab, slabs per layer, slabs)`.
+
+    A launch copies the slabs of the layer that the operand says, if it has them. Where the layer is known, the operand
+    is 0 and the slabs are all one layer.
+    """
+    if layer != TRACED_LAYER:
+        for first in range(0, len(slabs), _cpu.MAX_SLABS):
+            batch = slabs[first : first + _cpu.MAX_SLABS]
+            yield shape, 0, len(batch), batch
+        return
+    per_layer = {sum(d.slab.layer == at for d, _ in slabs) for at in spec.layers}
+    if len(per_layer) > 1 or spec.layers != tuple(range(len(spec.layers))):
+        raise ValueError("layer: a traced layer needs layers 0, 1, ... that are all alike; pass a Python int")
+    (slabs_per_layer,) = per_layer
+    if slabs_per_layer > _cpu.MAX_SLABS:
+        raise ValueError(f"layer: {slabs_per_layer} slabs in a layer, expected at most {_cpu.MAX_SLABS}")
+    step = _cpu.MAX_SLABS // slabs_per_layer * slabs_per_layer
+    for first in range(0, len(slabs), step):
+        yield shape, first, slabs_per_layer, slabs[first : first + step]

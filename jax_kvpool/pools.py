@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpool.layout import DEVICE_LAYOUTS, HOST_LAYOUTS, Layout, PageSpec, Placement, Slab
-from jax_kvpool.memory import HostMemory
+from jax_kvpool.memory import PIECE_BYTES, HostMemory
 
 __all__ = ["DevicePool", "HostPool"]
 
@@ -57,9 +57,10 @@ class DevicePool:
           arrays: see `DevicePool.arrays`; concrete or traced. A sharded array counts with the shape of its shard.
           layout: a key of `DEVICE_LAYOUTS`, or a `Layout`.
           page_size: needed where the shapes do not show it: when the layout merges tokens.
-          names: the names of the `kv` axis, needed where it lies inside the arrays.
+          names: the names along the `kv` axis, ascending; needed where it lies inside the arrays.
 
         Raises:
+          TypeError: `arrays` has not the structure that the layout asks for.
           ValueError: the shapes do not fit the layout, or disagree about the number or size of pages.
         """
         layout = _layout(layout, DEVICE_LAYOUTS)
@@ -86,13 +87,17 @@ class DevicePool:
         *,
         device: jax.Device | jax.sharding.Sharding | None = None,
     ) -> Self:
-        """A pool of new arrays of zeros, for who has none yet. `device`: where, as in `jnp.zeros`."""
+        """A pool of new arrays of zeros, for who has none yet.
+
+        `device`: where, as in `jnp.zeros`. With a sharding that splits the arrays, `spec` and `num_pages` are what one
+        device holds, as everywhere, and the arrays are as much larger as the sharding splits them.
+        """
         layout = _layout(layout, DEVICE_LAYOUTS)
         placement = layout.place(spec, num_pages)
         flat = {}
         for index, key in enumerate(placement.array_keys):
             shape, dtype = _array_type(spec, layout, placement, index)
-            flat[key] = jnp.zeros(shape, dtype, device=device)
+            flat[key] = jnp.zeros(_global_shape(shape, device), dtype, device=device)
         return cls(_nested(flat, layout, spec), spec, layout, num_pages)
 
     def with_arrays(self, arrays: Any) -> Self:
@@ -114,8 +119,8 @@ class DevicePool:
 
         Raises `ValueError` if one has not the shape and dtype that spec and layout ask for.
         """
-        keyed = _keyed(self.arrays, self.layout)
         placement = self.placement
+        keyed = _keyed(self.arrays, self.layout)
         if set(keyed) != set(placement.array_keys):
             raise ValueError(
                 f"device: arrays {sorted(placement.array_keys, key=str)} expected, got {sorted(keyed, key=str)}"
@@ -126,14 +131,17 @@ class DevicePool:
             if got != expected:
                 raise ValueError(
                     f"device: array {key} must be {expected[1]}{list(expected[0])}, got {got[1]}{list(got[0])}"
-                    + (" (call it inside shard_map on a sharded pool)" if got[0] != expected[0] else "")
+                    "; a sharded pool has its shard's shapes only inside shard_map"
                 )
         return [keyed[key] for key in placement.array_keys]
 
     def with_flat_arrays(self, arrays: Sequence[jax.Array]) -> Self:
-        """The inverse of `flat_arrays`."""
-        flat = dict(zip(self.placement.array_keys, arrays, strict=True))
-        return type(self)(_nested(flat, self.layout, self.spec), self.spec, self.layout, self.num_pages)
+        """The inverse of `flat_arrays`: the same pool, of the same structure, over these arrays."""
+        leaves, structure = jax.tree.flatten(self.arrays)
+        places = _keyed(jax.tree.unflatten(structure, range(len(leaves))), self.layout)
+        for key, array in zip(self.placement.array_keys, arrays, strict=True):
+            leaves[places[key]] = array
+        return type(self)(jax.tree.unflatten(structure, leaves), self.spec, self.layout, self.num_pages)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         return ((jax.tree_util.GetAttrKey("arrays"), self.arrays),), (self.spec, self.layout, self.num_pages)
@@ -143,7 +151,7 @@ class DevicePool:
         return cls(*children, *static)
 
     def __repr__(self) -> str:
-        return f"DevicePool({self.num_pages} pages of {self.spec.slab_bytes} bytes, {' '.join(self.layout.order)})"
+        return f"DevicePool({self.num_pages} pages of {self.spec.payload_bytes} bytes, {' '.join(self.layout.order)})"
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -199,8 +207,6 @@ class HostPool:
         if len(placement.array_bytes) != 1 or layout.merges_tokens:
             raise ValueError(f"layout: a host pool is one run of bytes, so all five axes are needed, got {layout}")
         mesh = device if isinstance(device, Mesh) else Mesh([device or jax.devices()[0]], ("host_pool",))
-        boundary = max((num_bytes for _, num_bytes, _ in placement.records), default=1)
-
         memories: list[HostMemory] = []
         arrays: list[jax.Array] = []
         try:
@@ -209,7 +215,7 @@ class HostPool:
                 memory = HostMemory(
                     placement.array_bytes[0],
                     cuda_device=local.local_hardware_id if is_gpu else None,
-                    boundary_bytes=boundary,
+                    piece_ends=_piece_ends(placement),
                     **memory_options,
                 )
                 memories.append(memory)
@@ -247,9 +253,8 @@ class HostPool:
         self._check_page(page)
         if not 0 <= index < len(records):
             raise IndexError(f"index: expected 0 to {len(records) - 1}, got {index}")
-        offset, num_bytes, _ = records[index]
-        begin = offset + page * num_bytes
-        return self._memory(shard).view(begin, begin + num_bytes, writable=writable)
+        begin = records[index].offset + page * records[index].num_bytes
+        return self._memory(shard).view(begin, begin + records[index].num_bytes, writable=writable)
 
     def slab(self, page: int, name: str, layer: int, *, shard: int = 0, writable: bool = False) -> npt.NDArray[Any]:
         """One slab of a page, `(page_size, *shape)` of its dtype. A view, as `record`; `KeyError` if there is none."""
@@ -274,7 +279,12 @@ class HostPool:
         }
 
     def close(self) -> None:
-        """Closes the memories; see `HostMemory.close`. Idempotent."""
+        """Deletes `array` and closes the memories, which unmaps them unless a view looks at them. Idempotent.
+
+        Steps that were dispatched before finish; a later one raises before it starts.
+        """
+        if self.memories and not self.array.is_deleted():
+            self.array.delete()
         for memory in self.memories:
             memory.close()
 
@@ -309,6 +319,25 @@ def _layout(layout: Layout | str, named: Any) -> Layout:
     return found
 
 
+def _piece_ends(placement: Placement) -> list[int] | None:
+    """Ends of records, about every 4 GiB: a copy of a record must not cross two registrations."""
+    ends = []
+    for record in placement.records:
+        step = max(PIECE_BYTES // record.num_bytes, 1) * record.num_bytes
+        end = record.offset + placement.num_pages * record.num_bytes
+        ends += [*range(record.offset + step, end, step), end]
+    return ends or None
+
+
+def _global_shape(shape: tuple[int, ...], device: Any) -> tuple[int, ...]:
+    """The shape of an array whose shards have `shape`."""
+    if not isinstance(device, jax.sharding.Sharding):
+        return shape
+    # How often each axis is split, found by asking for the shard of an array that any number of devices divides.
+    probe = tuple(math.lcm(*range(1, 1 + device.num_devices)) for _ in shape)
+    return tuple(n * p // q for n, p, q in zip(shape, probe, device.shard_shape(probe), strict=True))
+
+
 def _row_major(shape: Sequence[int], itemsize: int) -> list[int]:
     return [math.prod(shape[i + 1 :]) * itemsize for i in range(len(shape))]
 
@@ -320,28 +349,31 @@ def _local_shape(array: Any) -> tuple[int, ...]:
 
 
 def _keyed(arrays: Any, layout: Layout) -> dict[tuple[int | None, str | None], Any]:
-    """The arrays by `(layer or None, name or None)`."""
-    by_name = dict(arrays) if "kv" not in layout.order else {None: arrays}
-    keyed: dict[tuple[int | None, str | None], Any] = {}
-    for name, of_name in by_name.items():
+    """The arrays by `(layer or None, name or None)`. Raises `TypeError` for another structure than the layout's."""
+
+    def of_name(name: str | None, part: Any) -> dict[tuple[int | None, str | None], Any]:
         if "layer" in layout.order:
-            keyed[None, name] = of_name
-        else:
-            keyed.update({(layer, name): a for layer, a in enumerate(of_name) if a is not None})
-    return keyed
+            return {(None, name): part}
+        if not isinstance(part, list | tuple):
+            raise TypeError(f"arrays: expected a list, an array for each layer, for name {name!r}, got {type(part)}")
+        return {(layer, name): array for layer, array in enumerate(part) if array is not None}
+
+    if "kv" in layout.order:
+        return of_name(None, arrays)
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"arrays: expected a dictionary by name, got {type(arrays)}")
+    return {key: array for name, part in arrays.items() for key, array in of_name(name, part).items()}
 
 
 def _nested(flat: dict[tuple[int | None, str | None], Any], layout: Layout, spec: PageSpec) -> Any:
-    """The inverse of `_keyed`."""
-    names = spec.names if "kv" not in layout.order else (None,)
+    """The inverse of `_keyed`, with lists and dictionaries."""
 
     def of_name(name: str | None) -> Any:
         if "layer" in layout.order:
             return flat[None, name]
         return [flat.get((layer, name)) for layer in range(max(spec.layers) + 1)]
 
-    nested = {name: of_name(name) for name in names}
-    return nested if "kv" not in layout.order else nested[None]
+    return of_name(None) if "kv" in layout.order else {name: of_name(name) for name in spec.names}
 
 
 def _array_type(
@@ -373,27 +405,30 @@ def _slabs_of(
 ) -> tuple[list[Slab], int, int]:
     """Reads `(slabs, num_pages, page_size)` off an array; the inverse of `_array_type`."""
     what = f"arrays: {layout.order} array of layer {layer}, name {name!r}"
-    if layout.merges_tokens and page_size is None:
-        raise ValueError("page_size: must be given, since the layout merges tokens")
-    if name is None and names is None:
-        raise ValueError(f"names: must be given, since kv lies inside the arrays of layout {layout.order}")
+    if not hasattr(array, "shape"):
+        raise TypeError(f"{what}: expected an array, got {type(array)}")
     shape = list(_local_shape(array))
-    # Without a head axis in its shape a slab is `(dim,)` or `()`: as many axes as the layout's others, and one or none.
-    axes = [axis for axis in layout.order if not (layout.merges_tokens and axis == "token")]
-    has_head = len(shape) > len(axes)
-    axes = [axis for axis in axes if axis != "head" or has_head]
+    if layout.merges_tokens:
+        if page_size is None:
+            raise ValueError("page_size: must be given, since the layout merges tokens")
+        at = layout.order.index("page")
+        if shape[at] % page_size:
+            raise ValueError(f"{what}: {shape[at]} tokens are not whole pages of {page_size}")
+        shape[at : at + 1] = [shape[at] // page_size, page_size]
+    # Without a head axis a slab is `(dim,)` or `()`: the other axes of the layout, and one more or none.
+    has_head = len(shape) > len(layout.order)
+    axes = [axis for axis in layout.order if axis != "head" or has_head]
     if len(shape) < len(axes):
-        raise ValueError(f"{what}: expected axes {axes} and the slab's own, got shape {tuple(shape)}")
+        raise ValueError(f"{what}: expected axes {axes} and the slab's own, got shape {tuple(array.shape)}")
     extent = dict(zip(axes, shape, strict=False))
     inner = shape[len(axes) :]
-    if layout.merges_tokens:
-        if extent["page"] % (page_size or 1):
-            raise ValueError(f"{what}: {extent['page']} tokens are not whole pages of {page_size}")
-        extent["page"], extent["token"] = extent["page"] // (page_size or 1), page_size or 1
     token_shape = (extent["head"], *inner) if has_head else tuple(inner)
-    own_names = [name] if name is not None else list(names or ())
-    if "kv" in extent and extent["kv"] != len(own_names):
-        raise ValueError(f"names: {what} has {extent['kv']} of them, got {own_names}")
+    if name is not None:
+        names = [name]
+    elif names is None or list(names) != sorted(set(names)):
+        raise ValueError(f"names: those along kv must be given, ascending, for layout {layout.order}, got {names}")
+    elif extent["kv"] != len(names):
+        raise ValueError(f"names: {what} has {extent['kv']} of them, got {names}")
     layers = range(extent["layer"]) if layer is None else [layer]
-    slabs = [Slab(n, at, token_shape, np.dtype(array.dtype).name) for at in layers for n in own_names]
-    return slabs, extent["page"], extent["token"]
+    dtype = np.dtype(array.dtype).name
+    return [Slab(n, at, token_shape, dtype) for at in layers for n in names], extent["page"], extent["token"]

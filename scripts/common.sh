@@ -1,6 +1,6 @@
 # Sourced by the scripts: makes a virtual environment of its own for each purpose, once.
 #   environment NAME PIP_ARGUMENT...   -> $PYTHON is its interpreter
-# It is made anew when the arguments, the Python, the sources of the build, or $EXTRA_SOURCES change.
+# It is made anew when the arguments, the Python, the compiler, the sources of the build, or $EXTRA_SOURCES change.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -10,7 +10,7 @@ environment() {
   shift
   PYTHON="$PWD/$directory/bin/python"
   local stamp
-  stamp=$({ echo "$@" "${BASE_PYTHON:-python3}"; cat pyproject.toml CMakeLists.txt cmake/* csrc/* ${EXTRA_SOURCES:-}; } | sha256sum)
+  stamp=$({ echo "$@" "${JAX_KVPOOL_CUDA_WHEELS:-}"; "${BASE_PYTHON:-python3}" -V; command -v nvcc || true; cat pyproject.toml CMakeLists.txt cmake/* csrc/* ${EXTRA_SOURCES:-}; } | sha256sum)
   if [[ ! -e $directory/stamp || $(<"$directory/stamp") != "$stamp" ]]; then
     rm -rf "$directory"
     "${BASE_PYTHON:-python3}" -m venv "$directory"

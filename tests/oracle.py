@@ -80,7 +80,7 @@ def _walk(spec, order, slabs, num_pages):
     pads_records = (order[0] == "page" and {"layer", "kv"} <= set(order)) or (
         order[:2] == ["kv", "page"] and "layer" in order
     )
-    names = list(dict.fromkeys(s.name for s in spec.slabs))
+    names = sorted({s.name for s in spec.slabs})
     layers = list(dict.fromkeys(s.layer for s in spec.slabs))
     cursor = 0
 
@@ -112,6 +112,8 @@ def _walk(spec, order, slabs, num_pages):
             align(4096 if axis == "page" and pads_records else alignment(group))
 
     walk(order, slabs, {})
+    if len(order) == 5:
+        align(num_pages)  # a host pool is an array (num_pages, page_bytes)
     return cursor, places
 
 
@@ -119,7 +121,7 @@ def arrays_of(spec, axes):
     """The slabs of each array: split by name, then by layer, where the order lacks these axes."""
     groups = [list(spec.slabs)]
     if "kv" not in axes:
-        groups = [[s for s in g if s.name == n] for g in groups for n in dict.fromkeys(s.name for s in g)]
+        groups = [[s for s in g if s.name == n] for g in groups for n in sorted({s.name for s in g})]
     if "layer" not in axes:
         groups = [[s for s in g if s.layer == n] for g in groups for n in dict.fromkeys(s.layer for s in g)]
     return groups

@@ -36,6 +36,11 @@ def test_use_after_free_and_reuse():
     with pytest.raises(StalePageError):
         pages.check(held, generations)
     pages.check(held[1:], generations[1:])
+    with pytest.raises(StalePageError):  # not ours any more: it stays the other's
+        pages.free(held[:1], generations[:1])
+    pages.free(held[1:], generations[1:])
+    with pytest.raises(ValueError, match="generations: expected one for each of 2 pages"):
+        pages.check(held, generations[:1])
 
 
 @pytest.mark.parametrize("bad", [[-1], [5], [[0]], [0.5]])

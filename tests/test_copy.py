@@ -14,6 +14,12 @@ from hypothesis import strategies as st
 from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, DevicePool, Layout, PageSpec, Slab, _cpu
 from jax_kvpool.plan import ALL_LAYERS, TRACED_LAYER, copy_plan
 
+# Every dtype of JAX of a byte and more.
+DTYPES = [
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
+]
+
 PAIRS = {0: (5, 4), 1: (5, 4), 7: (11, 9), 1024: (1030, 1027)}
 
 
@@ -30,9 +36,14 @@ def ids(rng, num_pairs, num_pages):
 
 
 def check(spec, device_name, host_name, num_pages, num_pairs, rng, layers):
-    device_layout, host_layout = layouts(device_name, host_name)
+    host_layout, host_order = HOST_LAYOUTS[host_name], oracle.HOST_ORDERS[host_name]
+    check_layouts(spec, device_name, host_order, host_layout, num_pages, num_pairs, rng, layers)
+
+
+def check_layouts(spec, device_name, host_order, host_layout, num_pages, num_pairs, rng, layers):
+    device_layout = DEVICE_LAYOUTS.get(device_name) or Layout.parse(device_name)
     device = oracle.Pool(spec, oracle.DEVICE_ORDERS[device_name], num_pages[0], rng)
-    host = oracle.Pool(spec, oracle.HOST_ORDERS[host_name], num_pages[1], rng)
+    host = oracle.Pool(spec, host_order, num_pages[1], rng)
     device_pages, host_pages = ids(rng, num_pairs, num_pages[0]), ids(rng, num_pairs, num_pages[1])
     for layer, traced in layers:
         plan, used = copy_plan(
@@ -110,15 +121,21 @@ def test_any_order(spec, order, seed):
         np.testing.assert_array_equal(
             at, place.offset + page * place.page_stride + token * place.token_stride + head * place.head_stride
         )
-    device = oracle.Pool(spec, "page token head", 4, rng)
-    host = oracle.Pool(spec, text, 3, rng)
-    device_pages, host_pages = ids(rng, 3, 4), ids(rng, 3, 3)
-    plan, _ = copy_plan(spec, DEVICE_LAYOUTS["per_layer"], 4, layout, 3, ALL_LAYERS)
-    got = [b.copy() for b in device.buffers], host.buffers[0].copy()
-    _cpu.copy_pages(plan, True, got[1], got[0], device_pages, host_pages, 0)
-    oracle.copy(host, device, host_pages, device_pages, spec.layers)
-    for want, have in zip(device.buffers, got[0], strict=True):
-        np.testing.assert_array_equal(have, want)
+    device_name = rng.choice([n for n, o in oracle.DEVICE_ORDERS.items() if oracle.fits(spec, o)])
+    layers = [(ALL_LAYERS, False), (int(rng.choice(spec.layers)), False)]
+    check_layouts(spec, device_name, text, layout, (4, 3), 3, rng, layers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("host_name", oracle.HOST_ORDERS)
+@pytest.mark.parametrize("device_name", oracle.DEVICE_ORDERS)
+def test_dtypes(device_name, host_name, dtype):
+    spec = PageSpec.uniform(3, 2, {"k": ((2, 3), dtype), "v": ((2, 5), dtype)})
+    if not oracle.fits(spec, oracle.DEVICE_ORDERS[device_name]):
+        spec = PageSpec.uniform(3, 2, {"k": ((2, 3), dtype), "v": ((2, 3), dtype)})
+    check(
+        spec, device_name, host_name, (11, 9), 7, np.random.default_rng(0), [(ALL_LAYERS, False), (1, False), (0, True)]
+    )
 
 
 def test_more_slabs_than_a_kernel_takes():

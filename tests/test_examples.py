@@ -209,3 +209,8 @@ def test_weights_from_a_file(tmp_path):
     safetensors.save_file(tensors, tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match=r"no tensor model\.layers\.2\.mlp\.up_proj\.weight"):
         model.load_params(TINY, tmp_path / "broken.safetensors")
+
+
+def test_the_readme_shows_the_quickstart():
+    root = Path(__file__).parent.parent
+    assert (root / "examples" / "quickstart.py").read_text() in (root / "README.md").read_text()

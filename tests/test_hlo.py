@@ -82,13 +82,14 @@ def test_scan_over_layers(mesh, layout):
     assert hlo.copies_of(text, PAGES * 16) == []
 
 
-def test_cond(mesh):
+@pytest.mark.parametrize("op", [load, store])
+def test_cond(mesh, op):
     """No copy of the host pool ever. XLA before 0.11 copies the arrays of a device pool that go through a conditional
     with a custom call, whatever the call: there, skip pages with -1 instead."""
     pool, host = hlo.abstract_pools(SPEC, mesh, num_device_pages=PAGES)
     ids = jax.ShapeDtypeStruct((7,), np.int32, sharding=host.array.sharding)
     text = hlo.compile_for_h100(
-        lambda p, h, i, j: jax.lax.cond(i[0] > 0, lambda p: load(p, h, i, j), lambda p: p, p), pool, host, ids, ids
+        lambda p, h, i, j: jax.lax.cond(i[0] > 0, lambda p: op(p, h, i, j), lambda p: p, p), pool, host, ids, ids
     )
     copies = hlo.copies_of(text, PAGES * 16)
     assert not [line for line in copies if "u8[" in line]

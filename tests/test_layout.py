@@ -8,6 +8,7 @@ import oracle
 import pytest
 
 from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, RECORD_ALIGNMENT, Layout, PageSpec, Slab, fingerprint
+from jax_kvpool.layout import Record
 from jax_kvpool.plan import ALL_LAYERS, copy_plan
 
 LLAMA_8B = PageSpec.uniform(16, 32, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")})
@@ -15,10 +16,10 @@ DEEPSEEK = PageSpec.uniform(64, 61, {"latent": ((576,), "bfloat16")})
 
 
 def test_sizes():
-    assert LLAMA_8B.slab_bytes == 32 * 2 * 16 * 8 * 128 * 2
-    assert DEEPSEEK.slab_bytes == 61 * 64 * 576 * 2
+    assert LLAMA_8B.payload_bytes == 32 * 2 * 16 * 8 * 128 * 2
+    assert DEEPSEEK.payload_bytes == 61 * 64 * 576 * 2
     placement = HOST_LAYOUTS["page_first"].place(DEEPSEEK, 10)
-    assert placement.records == ((0, 4497408, 0),) and placement.page_bytes == 4497408
+    assert placement.records == (Record(0, 4497408, 0),) and placement.page_bytes == 4497408
     assert placement.array_bytes == (44974080,)
 
 
@@ -28,10 +29,10 @@ def test_records(name):
     placement = HOST_LAYOUTS[name].place(spec, 5)
     expected = {"layer_first": 0, "page_first": 1, "page_first_kv": 1}.get(name, 2)
     assert len(placement.records) == expected
-    used = spec.slab_bytes // max(expected, 1)
-    for offset, num_bytes, padding in placement.records:
-        assert offset % RECORD_ALIGNMENT == num_bytes % RECORD_ALIGNMENT == 0
-        assert num_bytes - padding == used
+    used = spec.payload_bytes // max(expected, 1)
+    for record in placement.records:
+        assert record.offset % RECORD_ALIGNMENT == record.num_bytes % RECORD_ALIGNMENT == 0
+        assert record.num_bytes - record.padding == used
 
 
 def test_records_of_mla_in_sglang_layouts():
@@ -75,7 +76,6 @@ def test_fingerprint_tells_apart():
     others = [
         PageSpec.uniform(8, 2, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}),
         PageSpec.uniform(16, 3, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}),
-        PageSpec.uniform(16, 2, {"v": ((8, 128), "bfloat16"), "k": ((8, 128), "bfloat16")}),
         PageSpec.uniform(16, 2, {"k": ((8, 128), "float16"), "v": ((8, 128), "bfloat16")}),
         PageSpec.uniform(16, 2, {"k": ((4, 256), "bfloat16"), "v": ((8, 128), "bfloat16")}),
         PageSpec.uniform(16, 2, {"K": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}),
@@ -83,6 +83,12 @@ def test_fingerprint_tells_apart():
     prints = {fingerprint(spec, HOST_LAYOUTS["page_first"]) for spec in [base, *others]}
     prints |= {fingerprint(base, layout) for layout in HOST_LAYOUTS.values()}
     assert len(prints) == 1 + len(others) + len(HOST_LAYOUTS) - 1
+
+
+def test_the_order_in_which_names_are_given_does_not_matter():
+    """As JAX sorts the keys of dictionaries."""
+    k, v = ((8, 128), "bfloat16"), ((4, 128), "float16")
+    assert PageSpec.uniform(16, 2, {"v": v, "k": k}) == PageSpec.uniform(16, 2, {"k": k, "v": v})
 
 
 def test_slabs_are_aligned_to_their_dtype():

@@ -61,13 +61,16 @@ def test_views_are_the_memory(cuda_device):
 
 
 def test_progress(monkeypatch, cuda_device):
-    monkeypatch.setattr(memory, "_PIECE_BYTES", 8 * MIB)
+    monkeypatch.setattr(memory, "PIECE_BYTES", 8 * MIB)
     steps = []
     host = HostMemory(
-        30 * MIB, cuda_device=cuda_device, boundary_bytes=3 * MIB, progress=lambda *step: steps.append(step)
+        30 * MIB, cuda_device=cuda_device, piece_ends=[5 * MIB, 30 * MIB], progress=lambda *step: steps.append(step)
     )
-    assert steps == [(n * MIB, 30 * MIB) for n in (6, 12, 18, 24, 30)]  # on record boundaries
+    assert steps == [(5 * MIB, 30 * MIB), (30 * MIB, 30 * MIB)]
     host.close()
+    steps.clear()
+    HostMemory(30 * MIB, cuda_device=cuda_device, progress=lambda *step: steps.append(step)).close()
+    assert steps == [(n * MIB, 30 * MIB) for n in (8, 16, 24, 30)]
 
 
 def test_closed_is_closed_and_unmapped(cuda_device):
@@ -128,7 +131,7 @@ class Interrupted(Exception):
 
 def test_no_leak_when_making_it_fails(monkeypatch, cuda_device):
     """At any of its pieces; the error is the caller's own."""
-    monkeypatch.setattr(memory, "_PIECE_BYTES", 8 * MIB)
+    monkeypatch.setattr(memory, "PIECE_BYTES", 8 * MIB)
     for fails_at in (8 * MIB, 16 * MIB, 24 * MIB):
 
         def fail(done, total, fails_at=fails_at):
@@ -150,7 +153,7 @@ def test_no_leak_when_cuda_refuses(monkeypatch):
             if begin:
                 raise RuntimeError("cudaHostRegister: out of memory")
 
-    monkeypatch.setattr(memory, "_PIECE_BYTES", 8 * MIB)
+    monkeypatch.setattr(memory, "PIECE_BYTES", 8 * MIB)
     monkeypatch.setattr(memory, "cuda_module", Cuda)
     before = resident_bytes()
     with pytest.raises(RuntimeError, match="cudaHostRegister: out of memory"):
@@ -209,7 +212,7 @@ def test_the_cgroup_counts(monkeypatch, tmp_path, limit, usage, inactive):
 
     monkeypatch.setattr(memory, "Path", fake)
     assert memory.available_bytes() == 30 * MIB
-    with pytest.raises(MemoryError, match=r"30.0 GiB|0\.0 GiB"):
+    with pytest.raises(MemoryError, match=f"{31 * MIB} bytes .* wanted, {30 * MIB} "):
         HostMemory(31 * MIB)
     HostMemory(29 * MIB).close()
 
@@ -220,12 +223,41 @@ def test_the_cgroup_counts(monkeypatch, tmp_path, limit, usage, inactive):
         ({"num_bytes": 0}, ValueError, "num_bytes"),
         ({"num_bytes": -1}, ValueError, "num_bytes"),
         ({"num_bytes": 1, "huge_pages": "big"}, ValueError, "huge_pages: expected one of"),
+        ({"num_bytes": 1, "num_threads": 0}, ValueError, "num_threads: expected a positive number"),
         ({"num_bytes": 1, "numa_node": 1000}, OSError, "mbind"),
     ],
 )
 def test_errors(options, error, match):
     with pytest.raises(error, match=match):
         HostMemory(**options)
+
+
+def test_a_node_that_may_not_be_had_is_no_error_unless_asked_for(monkeypatch):
+    """As in containers, which often forbid mbind."""
+
+    class Cuda:
+        def pci_address(self, device):
+            return "0000:00:00.0"
+
+        def pin(self, handle, begin, end, device):
+            pass
+
+    monkeypatch.setattr(memory, "cuda_module", Cuda)
+    monkeypatch.setattr(memory, "_numa_node", lambda address: 1000)
+    HostMemory(MIB, cuda_device=0).close()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "device", "match"),
+    [
+        (0, (1, 0), "num_rows"),
+        (3, (1, 0), "num_rows: expected a divisor of 1048576"),
+        (1, (3, 0), "device: this memory is"),
+    ],
+)
+def test_dlpack_errors(num_rows, device, match):
+    with HostMemory(MIB) as host, pytest.raises(ValueError, match=match):
+        host.dlpack(num_rows, device)
 
 
 def test_numa_node_zero():

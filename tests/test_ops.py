@@ -20,6 +20,7 @@ from jax_kvpool import (
     page_status,
     store,
 )
+from jax_kvpool.memory import available_bytes
 
 NUM_PAGES = (11, 9)  # device, host
 
@@ -238,6 +239,10 @@ ONE = np.zeros(1, np.int32)
         ),
         (lambda p, h: load(p, h, ONE, ONE.astype(np.float32)), TypeError, "host_pages: expected int32"),
         (lambda p, h: load(p, h, ONE.reshape(1, 1), ONE), ValueError, "device_pages: expected a 1-D array"),
+        (lambda p, h: load(p, h, [2.9], [1]), TypeError, "device_pages: expected int32 page ids, got float64"),
+        (lambda p, h: load(p, h, [2**40], [1]), OverflowError, "out of bounds"),
+        (lambda p, h: load(p, h, ONE, ONE, layer=1.5), TypeError, "float"),
+        (lambda p, h: jax.jit(lambda: load(p, h, ONE, ONE))(), ValueError, "host: this HostPool was closed over"),
         (lambda p, h: store(p, h, ONE, ONE, layer=3), ValueError, r"layer: expected one of \(0, 1, 2\), got 3"),
         (lambda p, h: store(p, h, ONE, ONE, layer=-1), ValueError, "layer: expected one of"),
         (lambda p, h: store(p, h, ONE, ONE, max_blocks=0), ValueError, "max_blocks: expected a positive int"),
@@ -315,10 +320,72 @@ def test_a_donated_host_pool_is_not_lost(pools):
     check(pool, host, device_oracle, host_oracle)
 
 
+@pytest.mark.parametrize("layout", ["stacked", "per_layer"])
+def test_more_slabs_than_a_launch_takes(device, layout):
+    """All layers, one known layer, and one that only the device knows, first and last."""
+    num_layers = 130
+    spec = PageSpec.uniform(2, num_layers, {"k": ((2,), "int8"), "v": ((2,), "int8")})
+    rng = np.random.default_rng(0)
+    device_oracle = oracle.Pool(spec, oracle.DEVICE_ORDERS[layout], 5, rng)
+    host_oracle = oracle.Pool(spec, oracle.HOST_ORDERS["page_first"], 4, rng)
+    pool = on_device(device_oracle, spec, layout, device)
+    host = on_host(host_oracle, spec, "page_first", device)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(pool, host, layer):
+        pool = store(pool, host, [0, 1], [3, 2], layer=layer)
+        return load(store(pool, host, [4], [1], layer=129), host, [2], [0])
+
+    for layer in (0, 129, 120):
+        pool = step(pool, host, layer)
+        oracle.copy(device_oracle, host_oracle, [0, 1], [3, 2], [layer])
+        oracle.copy(device_oracle, host_oracle, [4], [1], [129])
+        oracle.copy(host_oracle, device_oracle, [0], [2], spec.layers)
+    check(pool, host, device_oracle, host_oracle)
+
+
+def test_mostly_padding(device):
+    """Long lists with few pages in them, in pages of many pieces: what is skipped is skipped in jumps."""
+    spec = PageSpec.uniform(16, 2, {"k": ((4, 65), "bfloat16"), "v": ((4, 65), "bfloat16")})
+    rng = np.random.default_rng(0)
+    device_oracle = oracle.Pool(spec, "page token head", 40, rng)
+    host_oracle = oracle.Pool(spec, oracle.HOST_ORDERS["token_first"], 50, rng)
+    pool = on_device(device_oracle, spec, "per_layer", device)
+    host = on_host(host_oracle, spec, "token_first", device)
+    for num_real in (0, 1, 3, 20):
+        ids = np.full((2, 1000), -1, np.int32)
+        at = np.sort(rng.permutation(1000)[:num_real])
+        ids[0, at], ids[1, at] = rng.permutation(40)[:num_real], rng.permutation(50)[:num_real]
+        for max_blocks in (1, 4):
+            pool = load(pool, host, *ids, max_blocks=max_blocks)
+            oracle.copy(host_oracle, device_oracle, ids[1], ids[0], spec.layers)
+            others = np.where(ids[0] < 0, -1, (ids[0] + 1) % 40).astype(np.int32)
+            pool = store(pool, host, others, ids[1], max_blocks=max_blocks)
+            oracle.copy(device_oracle, host_oracle, others, ids[1], spec.layers)
+    check(pool, host, device_oracle, host_oracle)
+
+
+def test_a_host_pool_beyond_4_gib(device):
+    spec = PageSpec.uniform(1, 1, {"k": ((4, 1 << 18), "uint8")})
+    num_pages = 4100
+    if available_bytes() < 8 << 30:
+        pytest.skip("less than 8 GiB of memory free")
+    pool = DevicePool.create(spec, 3, device=device)
+    host = HostPool.create(spec, num_pages, device=device)
+    assert host.memories[0].num_bytes > 2**32
+    host.slab(num_pages - 1, "k", 0, writable=True)[:] = 7
+    pool = load(pool, host, [1], [num_pages - 1])
+    pool = store(pool, host, [1, 0], [num_pages - 2, num_pages - 1])
+    got = np.asarray(pool.arrays["k"][0])
+    assert (got[1] == 7).all() and not got[0].any() and not got[2].any()
+    assert (host.slab(num_pages - 2, "k", 0) == 7).all()
+    for page in (0, 3, num_pages - 3, num_pages - 1):
+        assert not host.slab(page, "k", 0).any()
+    host.close()
+
+
 def test_beyond_4_gib_of_one_layer(device):
     """Offsets of more than 32 bits, through XLA; needs 5 GiB beside what is in use."""
-    from jax_kvpool.memory import available_bytes
-
     spec = PageSpec.uniform(1, 1, {"k": ((4, 1 << 18), "uint8")})
     num_pages = 5 << 10
     if available_bytes() < 12 << 30:

@@ -35,8 +35,9 @@ class Oracle:
                 self.device[:, device_pages[0]] += value
 
     def pools(self, device):
+        # Of copies: on the CPU device_put may borrow the NumPy array, which the oracle goes on to change.
         arrays = {
-            name: [jax.device_put(self.device[2 * layer + i], device) for layer in range(NUM_LAYERS)]
+            name: [jax.device_put(self.device[2 * layer + i].copy(), device) for layer in range(NUM_LAYERS)]
             for i, name in enumerate(["k", "v"])
         }
         host = HostPool.create(SPEC, HOST_PAGES, device=device)
@@ -120,21 +121,17 @@ def test_scan_and_switch(device, seed):
     oracle = Oracle(rng)
     pool, host = oracle.pools(device)
 
-    def body(pool, operation):
-        kind, device_pages, host_pages, value = operation
-        branches = [
-            lambda p: load(p, host, device_pages, host_pages),
-            lambda p: store(p, host, device_pages, host_pages),
-            lambda p: write(p, device_pages[0], value),
-        ]
-        return jax.lax.switch(kind, branches, pool), None
+    def step(pool, host, operations):
+        def body(pool, operation):
+            kind, device_pages, host_pages, value = operation
+            branches = [
+                lambda p: load(p, host, device_pages, host_pages),
+                lambda p: store(p, host, device_pages, host_pages),
+                lambda p: write(p, device_pages[0], value),
+            ]
+            return jax.lax.switch(kind, branches, pool), None
 
-    def step(pool, given, operations):
-        nonlocal host
-        kept, host = host, given
-        pool = jax.lax.scan(body, pool, operations)[0]
-        host = kept
-        return pool
+        return jax.lax.scan(body, pool, operations)[0]
 
     operations = random_operations(rng, 200)
     pool = jax.jit(step, donate_argnums=0)(pool, host, jax.device_put(operations, device))

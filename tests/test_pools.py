@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from test_memory import is_mapped
 
-from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, DevicePool, HostPool, Layout, PageSpec, Slab, load, store
+from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, DevicePool, HostPool, Layout, PageSpec, Slab, load, pools, store
 
 GQA = oracle.SPECS["gqa"](4)
 
@@ -70,7 +71,11 @@ def test_wrap_a_hybrid():
         (lambda: DevicePool.wrap({"k": [jnp.zeros((6, 4, 2, 8))]}, "layers"), "layout: expected a Layout or one of"),
         (
             lambda: DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8))], Layout.parse("kv page token head")),
-            "names: must be given",
+            "names: those along kv must be given",
+        ),
+        (
+            lambda: DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8))], Layout.parse("kv page token head"), names=["v", "k"]),
+            "names: those along kv must be given, ascending",
         ),
         (
             lambda: DevicePool.wrap([jnp.zeros((2, 6, 4, 2, 8))], Layout.parse("kv page token head"), names=["k"]),
@@ -84,6 +89,45 @@ def test_wrap_a_hybrid():
 def test_errors(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "layout"),
+    [
+        ({"k": jnp.zeros((3, 6, 4, 2, 8))}, "per_layer"),
+        ({"k": [jnp.zeros((6, 4, 2, 8))]}, "stacked"),
+        ([jnp.zeros((6, 4, 2, 8))], "per_layer"),
+        (jnp.zeros((6, 4, 2, 8)), "stacked"),
+        ({"k": [[1, 2]]}, "per_layer"),
+    ],
+)
+def test_another_structure_is_refused(arrays, layout):
+    with pytest.raises(TypeError, match="arrays:"):
+        DevicePool.wrap(arrays, layout)
+
+
+def test_the_structure_stays():
+    """Of a pool that went through load and store, also in the carry of a scan."""
+    arrays = {"latent": (None, jnp.zeros((6, 4, 5))), "k": [jnp.zeros((6, 4, 2, 8))]}
+    pool = DevicePool.wrap(arrays)
+    host = HostPool.create(pool.spec, 2)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(pool, host):
+        return jax.lax.scan(lambda pool, _: (store(load(pool, host, [0], [1]), host, [0], [0]), None), pool, length=2)[
+            0
+        ]
+
+    structure = jax.tree.structure(arrays)
+    pool = step(pool, host)
+    assert jax.tree.structure(pool.arrays) == structure and pool.with_arrays(pool.arrays).arrays is pool.arrays
+
+
+def test_wrapped_in_jit_and_outside_it_is_the_same_page():
+    arrays = {"v": [jnp.zeros((6, 4, 2, 8))], "k": [jnp.zeros((6, 4, 2, 8))], "k_scale": [jnp.zeros((6, 4))]}
+    outside = DevicePool.wrap(arrays)
+    inside = jax.jit(DevicePool.wrap)(arrays)
+    assert outside.spec == inside.spec
 
 
 def test_with_arrays_keeps_shapes():
@@ -155,6 +199,32 @@ def test_view_errors():
         host.slab(0, "k", 0)
 
 
+def test_close_frees_the_memory_and_ends_the_use(device):
+    host, pool = HostPool.create(GQA, 3, device=device), jax.device_put(DevicePool.create(GQA, 3), device)
+    address = host.memories[0].address
+    pool = load(pool, host, [0], [1])
+    host.close()
+    host.close()
+    assert not is_mapped(address)
+    with pytest.raises(RuntimeError, match="deleted"):
+        load(pool, host, [0], [1])
+
+
+def test_pieces_end_with_records(monkeypatch):
+    """Also where K and V have records of unlike length."""
+    monkeypatch.setattr(pools, "PIECE_BYTES", 10_000)
+    spec = PageSpec.uniform(4, 3, {"k": ((2, 300), "bfloat16"), "v": ((2, 40), "bfloat16")})
+    for layout in HOST_LAYOUTS.values():
+        placement = layout.place(spec, 7)
+        ends = pools._piece_ends(placement)
+        if not placement.records:
+            assert ends is None
+            continue
+        assert ends[-1] == placement.array_bytes[0] and len(ends) > 5
+        inside = {r.offset + page * r.num_bytes for r in placement.records for page in range(8)}
+        assert set(ends) <= inside
+
+
 def test_host_pool_is_on_its_memory(device):
     host = HostPool.create(GQA, 3, device=device)
     shard = host.array.addressable_data(0)
@@ -167,18 +237,15 @@ def test_host_pool_is_on_its_memory(device):
 def test_no_memory_stays_behind_when_create_fails(monkeypatch):
     made = []
 
-    def fail(*_):
-        made.append(1)
+    def fail(exported):
+        made.append(exported)
         raise RuntimeError("no import today")
 
     monkeypatch.setattr(jax.dlpack, "from_dlpack", fail)
-    from jax_kvpool import pools
-
-    closed = []
-    monkeypatch.setattr(pools.HostMemory, "close", lambda self: closed.append(self))
     with pytest.raises(RuntimeError, match="no import today"):
         HostPool.create(GQA, 3)
-    assert len(made) == len(closed) == 1
+    with pytest.raises(ValueError, match="closed"):
+        made[0].__dlpack__()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -189,7 +256,7 @@ def test_a_failed_step_loses_no_page(device, when):
     host, closed = HostPool.create(GQA, 5, device=device), HostPool.create(GQA, 5, device=device)
     flat = fill(host, rng)
     before = flat.copy()
-    closed.close()
+    closed.memories[0].close()  # not the pool, whose array JAX would refuse before the step
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(pool, host, closed, pages):
@@ -207,8 +274,8 @@ def test_a_failed_step_loses_no_page(device, when):
     for page in (0, 1, 3, 4):
         np.testing.assert_array_equal(flat[page * record :][:record], before[page * record :][:record])
     # The step's own page is the old one or the whole new one, which is all zeros.
-    own = flat[2 * record :][: GQA.slab_bytes]
-    assert not own.any() or (when == "before" and (own == before[2 * record :][: GQA.slab_bytes]).all())
+    own = flat[2 * record :][: GQA.payload_bytes]
+    assert not own.any() or (when == "before" and (own == before[2 * record :][: GQA.payload_bytes]).all())
     pool = load(new_pool(), host, [3], [4])
     got = np.asarray(pool.arrays["v"][2][3])
     np.testing.assert_array_equal(got.view(np.uint8), host.slab(4, "v", 2).view(np.uint8))

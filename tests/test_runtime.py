@@ -1,5 +1,6 @@
 """Importing the package: what it touches, what it refuses, what it exports."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,10 @@ def test_exported_names():
 
 
 def test_typed():
-    package = Path(jax_kvpool.__file__).parent
-    assert (package / "py.typed").exists()
+    assert (Path(jax_kvpool.__file__).parent / "py.typed").exists()
+    stub = Path(jax_kvpool._cpu.__file__).parent / "_cpu.pyi"
+    names = {name for name in vars(jax_kvpool._cpu) if not name.startswith("_")}
+    assert all(re.search(rf"\b{name}\b", stub.read_text()) for name in names)
 
 
 def test_memory_alive_at_exit_is_left_to_the_system():
