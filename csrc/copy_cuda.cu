@@ -18,13 +18,10 @@ constexpr int kWarpLanes = 32;
 //   warps x units   8 x 4   8 x 8   8 x 16  16 x 4  16 x 8  16 x 16  32 x 4  32 x 8
 //   load            0.51    0.66    0.82    0.92    0.95    0.91     0.92    0.92
 //   store           0.94    0.94    0.95    0.947   0.947   0.91     0.94    0.91
-// 16 blocks: load 0.93 to 0.96, store 0.945 to 0.95 for all of them. A load waits for the link, so it wants more bytes
-// in flight; a store reads the GPU's own memory, and its writes go out best in fewer pieces at a time.
+// 16 blocks: load 0.93 to 0.96, store 0.945 to 0.95 for all of them.
 constexpr int kWarpsPerBlock = 16;
-template <Direction direction>
-constexpr int kUnitsInFlight = direction == Direction::kLoad ? 8 : 4;
-template <Direction direction>
-constexpr int kUnitsPerPiece = kUnitsInFlight<direction> * kWarpLanes;
+constexpr int kUnitsInFlight = 8;
+constexpr int kUnitsPerPiece = kUnitsInFlight * kWarpLanes;
 
 // Division of n < 2^31 by a divisor that the host knows, as a multiplication (Granlund & Montgomery, 1994): the index
 // arithmetic of a unit is four of them, and must hide behind the link.
@@ -55,22 +52,16 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
   const int64_t num_warps = int64_t{gridDim.x} * kWarpsPerBlock;
   const uint32_t lane = threadIdx.x % kWarpLanes;
 
-  const int64_t stride = num_warps * kUnitsPerPiece<direction>;
+  const int64_t stride = num_warps * kUnitsPerPiece;
 
-  for (int64_t piece = warp * kUnitsPerPiece<direction>; piece < num_units; piece += stride) {
+  for (int64_t piece = warp * kUnitsPerPiece; piece < num_units; piece += stride) {
     const int64_t first_pair = piece / units.per_pair.divisor;
     const uint32_t in_first_pair = static_cast<uint32_t>(piece - first_pair * units.per_pair.divisor);
-    // Of a pair that is skipped, only the piece that reaches into the next one matters: padding costs next to nothing.
-    const int64_t to_skip = int64_t{units.per_pair.divisor} - in_first_pair - kUnitsPerPiece<direction>;
-    if (to_skip >= 0 && !copy.Contains(copy.device_pages[first_pair], copy.host_pages[first_pair])) {
-      piece += to_skip / stride * stride;
-      continue;
-    }
     const uint32_t first_unit = in_first_pair + lane;
-    Unit values[kUnitsInFlight<direction>];
-    Unit* targets[kUnitsInFlight<direction>];
+    Unit values[kUnitsInFlight];
+    Unit* targets[kUnitsInFlight];
 #pragma unroll
-    for (int k = 0; k < kUnitsInFlight<direction>; ++k) {
+    for (int k = 0; k < kUnitsInFlight; ++k) {
       targets[k] = nullptr;
       const uint32_t unit = first_unit + k * kWarpLanes;
       const uint32_t pairs_on = units.per_pair.Quotient(unit);
@@ -92,9 +83,23 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
       values[k] = __ldcv(reinterpret_cast<const Unit*>(direction == Direction::kLoad ? host : device));
       targets[k] = reinterpret_cast<Unit*>(direction == Direction::kLoad ? device : host);
     }
+    bool is_copied = false;
 #pragma unroll
-    for (int k = 0; k < kUnitsInFlight<direction>; ++k) {
-      if (targets[k] != nullptr) *targets[k] = values[k];
+    for (int k = 0; k < kUnitsInFlight; ++k) {
+      if (targets[k] == nullptr) continue;
+      *targets[k] = values[k];
+      is_copied = true;
+    }
+    // Padding is to cost little: where a piece had nothing to copy, the lanes look for the next pair that is copied, 32
+    // at a time, and the warp goes on with its last piece before that.
+    if (!__any_sync(~0u, is_copied)) {
+      const uint32_t last_pair_on = units.per_pair.Quotient(in_first_pair + kUnitsPerPiece - 1);
+      const int64_t pair = first_pair + last_pair_on + 1 + lane;
+      const uint32_t found =
+          __ballot_sync(~0u, pair < copy.num_pairs && copy.Contains(copy.device_pages[pair], copy.host_pages[pair]));
+      const int64_t num_skipped = int64_t{last_pair_on} + (found == 0 ? 1 + kWarpLanes : __ffs(found));
+      const int64_t to_skip = num_skipped * units.per_pair.divisor - in_first_pair - kUnitsPerPiece;
+      if (to_skip > 0) piece += to_skip / stride * stride;
     }
   }
 }
@@ -136,9 +141,8 @@ cudaError_t LaunchCopy(const PageCopy& copy, Direction direction, int64_t max_bl
   const uint32_t units_per_slab = units_per_run * copy.num_outer * copy.num_inner;
   const uint32_t units_per_pair = units_per_slab * copy.slabs_per_layer;
   const int64_t num_units = copy.num_pairs * units_per_pair;
-  const int64_t units_per_block = kWarpsPerBlock * (direction == Direction::kLoad ? kUnitsPerPiece<Direction::kLoad>
-                                                                                  : kUnitsPerPiece<Direction::kStore>);
-  const int64_t num_blocks = std::min((num_units + units_per_block - 1) / units_per_block, max_blocks);
+  constexpr int64_t kUnitsPerBlock = int64_t{kWarpsPerBlock} * kUnitsPerPiece;
+  const int64_t num_blocks = std::min((num_units + kUnitsPerBlock - 1) / kUnitsPerBlock, max_blocks);
   if (num_blocks <= 0) return cudaSuccess;
   const Units units = {Divisor(units_per_pair), Divisor(units_per_slab), Divisor(units_per_run),
                        Divisor(copy.num_inner)};
