@@ -26,20 +26,6 @@ ffi::Error CopyCuda(cudaStream_t stream, ffi::Buffer<ffi::U8, 2> host, ffi::Buff
                  });
 }
 
-ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
-  // Per device: a context loads its kernels for itself.
-  static std::atomic<uint64_t> preloaded{0};
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return FailedPrecondition("no current CUDA device");
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if (preloaded.load(std::memory_order_relaxed) & bit) return ffi::Error::Success();
-  if (const cudaError_t error = PreloadCopy(); error != cudaSuccess) {
-    return FailedPrecondition(std::string("loading the kernels: ") + cudaGetErrorString(error));
-  }
-  preloaded.fetch_or(bit, std::memory_order_relaxed);
-  return ffi::Error::Success();
-}
-
 auto BindCopyCuda() { return BindCopy(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()); }
 
 }  // namespace
@@ -54,6 +40,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadCuda, kvpool::CopyCuda<kvpool::Direction
                               {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreCuda, kvpool::CopyCuda<kvpool::Direction::kStore>, kvpool::BindCopyCuda(),
                               {xla::ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    KvPoolInitializeCuda, kvpool::Initialize,
-    xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());

@@ -8,8 +8,6 @@
 extern "C" {
 XLA_FFI_Error* KvPoolLoadCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* KvPoolStoreCuda(XLA_FFI_CallFrame* call_frame);
-// The initialize stage of both, before every execution: loads the kernels.
-XLA_FFI_Error* KvPoolInitializeCuda(XLA_FFI_CallFrame* call_frame);
 }
 
 namespace kvpool {

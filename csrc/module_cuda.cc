@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "copy_cuda.h"
 #include "ffi_cuda.h"
 #include "host_memory.h"
 
@@ -58,6 +59,8 @@ void PinMemory(const nb::capsule& handle, int64_t begin, int64_t end, int device
   int same_address = 0;
   Check(cudaDeviceGetAttribute(&same_address, cudaDevAttrCanUseHostPointerForRegisteredMem, device),
         "cudaDeviceGetAttribute");
+  // A copy needs pinned memory first, so this is before any; an initialize stage would cost every call.
+  Check(PreloadCopy(), "loading the kernels");
   if (!same_address) throw std::runtime_error("this GPU cannot use registered host memory at its host address");
   char* data = memory->data() + begin;
   Check(cudaHostRegister(data, end - begin, cudaHostRegisterPortable | cudaHostRegisterMapped), "cudaHostRegister");
@@ -81,7 +84,6 @@ NB_MODULE(_cuda, m) {
 
   m.def("load_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolLoadCuda)); });
   m.def("store_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolStoreCuda)); });
-  m.def("initialize_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolInitializeCuda)); });
   m.def(
       "set_live_memory",
       [](const nb::capsule& live) {

@@ -10,8 +10,8 @@ tokens of a block are drawn from its hash id, so equal ids are equal tokens. Arr
 goes. The device pool holds a fraction of the working set; what is reused comes from the host pool.
 
 Every loaded page is compared byte for byte with what was stored (for that it is read back, outside of all timings), and
-every request with a prefix hit (or every `--check-every`-th) is computed again without the host pool. A difference raises
-`MismatchError`; the program says so and exits with 1.
+every request with a prefix hit, or every `--check-every`-th, is computed again without the host pool. A difference
+raises `MismatchError`; the program says so and exits with 1.
 """
 
 from __future__ import annotations

@@ -54,6 +54,5 @@ def register_targets() -> None:
     jax.ffi.register_ffi_target(LOAD_TARGET, _cpu.load_handler(), platform="cpu")
     jax.ffi.register_ffi_target(STORE_TARGET, _cpu.store_handler(), platform="cpu")
     if (cuda := cuda_module()) is not None:
-        for target, handler in [(LOAD_TARGET, cuda.load_handler()), (STORE_TARGET, cuda.store_handler())]:
-            stages = {"execute": handler, "initialize": cuda.initialize_handler()}
-            jax.ffi.register_ffi_target(target, stages, platform="CUDA")
+        jax.ffi.register_ffi_target(LOAD_TARGET, cuda.load_handler(), platform="CUDA")
+        jax.ffi.register_ffi_target(STORE_TARGET, cuda.store_handler(), platform="CUDA")
