@@ -21,8 +21,8 @@ from jax_kvpool.pools import DevicePool, HostPool
 __all__ = ["DEFAULT_MAX_BLOCKS", "PageStatus", "load", "page_status", "store"]
 
 DEFAULT_MAX_BLOCKS: Final = 4
-"""Thread blocks of a copy, at most. On an H100 4 blocks move what the link lets SMs move, in both directions: 0.92-0.95
-of a contiguous cudaMemcpyAsync for loads and 0.94-0.95 for stores; 16 blocks move the same, 2 blocks 0.6 and 0.8
+"""Thread blocks of a copy, at most. On an H100 4 blocks move what the link lets SMs move: loads 0.92 to 0.95 of a
+contiguous cudaMemcpyAsync, stores 0.93 to 0.95. 16 blocks move the same, 2 blocks 0.6 and 0.8 of it
 (benchmarks/transfer.py; csrc/copy_cuda.cu)."""
 
 
