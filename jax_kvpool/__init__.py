@@ -5,6 +5,8 @@ from jax_kvpool import _runtime
 _runtime.require_runtime()
 
 from jax_kvpool.allocator import OutOfPagesError, PageAllocator, StalePageError  # noqa: E402
+from jax_kvpool.device_pool import DevicePool  # noqa: E402
+from jax_kvpool.host_pool import HostPool  # noqa: E402
 from jax_kvpool.layout import (  # noqa: E402
     DEVICE_LAYOUTS,
     HOST_LAYOUTS,
@@ -16,7 +18,6 @@ from jax_kvpool.layout import (  # noqa: E402
 )
 from jax_kvpool.memory import HostMemory  # noqa: E402
 from jax_kvpool.ops import DEFAULT_MAX_BLOCKS, PageStatus, load, page_status, store  # noqa: E402
-from jax_kvpool.pools import DevicePool, HostPool  # noqa: E402
 
 __all__ = [
     "DEFAULT_MAX_BLOCKS",

@@ -34,6 +34,7 @@ __all__ = [
     "Slab",
     "SlabPlace",
     "fingerprint",
+    "named_layout",
 ]
 
 RECORD_ALIGNMENT: Final = 4096
@@ -352,6 +353,15 @@ name; `stacked`: `(num_layers, num_pages, page_size, heads, dim)`, one for each 
 `(num_pages * page_size, heads, dim)`; `head_first`: `(heads, num_pages, page_size, dim)`, as JAX's Pallas paged
 attention reads it. Any other order is as good: `Layout.parse("kv page token head")` is one array
 `(2, num_pages, page_size, heads, dim)` a layer."""
+
+
+def named_layout(layout: Layout | str, named: Mapping[str, Layout]) -> Layout:
+    """A layout, given as such or by its name; raises `ValueError` for a name that is not there."""
+    if isinstance(layout, Layout):
+        return layout
+    if layout not in named:
+        raise ValueError(f"layout: expected a Layout or one of {list(named)}, got {layout!r}")
+    return named[layout]
 
 
 def fingerprint(spec: PageSpec, layout: Layout) -> str:

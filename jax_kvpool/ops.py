@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jax_kvpool._runtime import LOAD_TARGET, STORE_TARGET, register_targets
+from jax_kvpool.device_pool import DevicePool
+from jax_kvpool.host_pool import HostPool
 from jax_kvpool.plan import ALL_LAYERS, TRACED_LAYER, copy_plan
-from jax_kvpool.pools import DevicePool, HostPool
 
 __all__ = ["DEFAULT_MAX_BLOCKS", "PageStatus", "load", "page_status", "store"]
 

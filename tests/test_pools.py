@@ -7,7 +7,18 @@ import oracle
 import pytest
 from test_memory import is_mapped
 
-from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, DevicePool, HostPool, Layout, PageSpec, Slab, load, pools, store
+from jax_kvpool import (
+    DEVICE_LAYOUTS,
+    HOST_LAYOUTS,
+    DevicePool,
+    HostPool,
+    Layout,
+    PageSpec,
+    Slab,
+    host_pool,
+    load,
+    store,
+)
 
 GQA = oracle.SPECS["gqa"](4)
 
@@ -212,11 +223,11 @@ def test_close_frees_the_memory_and_ends_the_use(device):
 
 def test_pieces_end_with_records(monkeypatch):
     """Also where K and V have records of unlike length."""
-    monkeypatch.setattr(pools, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(host_pool, "PIECE_BYTES", 10_000)
     spec = PageSpec.uniform(4, 3, {"k": ((2, 300), "bfloat16"), "v": ((2, 40), "bfloat16")})
     for layout in HOST_LAYOUTS.values():
         placement = layout.place(spec, 7)
-        ends = pools._piece_ends(placement)
+        ends = host_pool._piece_ends(placement)
         if not placement.records:
             assert ends is None
             continue

@@ -88,7 +88,7 @@ def test_a_mesh_of_two_axes():
 def test_outside_of_shard_map_it_is_refused():
     _, _, device, host = pools(2, np.random.default_rng(0))
     ids = jnp.zeros(1, jnp.int32)
-    with pytest.raises(ValueError, match="inside shard_map on a sharded pool"):
+    with pytest.raises(ValueError, match="only inside shard_map"):
         jax.jit(functools.partial(load, device_pages=ids, host_pages=ids))(device, host)
 
 

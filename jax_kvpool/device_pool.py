@@ -1,4 +1,4 @@
-"""The two homes of pages as JAX sees them: layer-first arrays on the device, one page-first array in host memory."""
+"""The device pool: layer-first arrays, the engine's own, as a pytree."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_kvpool.layout import DEVICE_LAYOUTS, HOST_LAYOUTS, Layout, PageSpec, Placement, Slab
-from jax_kvpool.memory import PIECE_BYTES, HostMemory
+from jax_kvpool.layout import DEVICE_LAYOUTS, Layout, PageSpec, Placement, Slab, named_layout
 
-__all__ = ["DevicePool", "HostPool"]
-
-_DL_CPU, _DL_CUDA_HOST = 1, 3  # DLPack's device types
+__all__ = ["DevicePool"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -63,7 +58,7 @@ class DevicePool:
           TypeError: `arrays` has not the structure that the layout asks for.
           ValueError: the shapes do not fit the layout, or disagree about the number or size of pages.
         """
-        layout = _layout(layout, DEVICE_LAYOUTS)
+        layout = named_layout(layout, DEVICE_LAYOUTS)
         keyed = _keyed(arrays, layout)
         slabs: list[Slab] = []
         pages: set[tuple[int, int]] = set()
@@ -92,7 +87,7 @@ class DevicePool:
         `device`: where, as in `jnp.zeros`. With a sharding that splits the arrays, `spec` and `num_pages` are what one
         device holds, as everywhere, and the arrays are as much larger as the sharding splits them.
         """
-        layout = _layout(layout, DEVICE_LAYOUTS)
+        layout = named_layout(layout, DEVICE_LAYOUTS)
         placement = layout.place(spec, num_pages)
         flat = {}
         for index, key in enumerate(placement.array_keys):
@@ -154,179 +149,10 @@ class DevicePool:
         return f"DevicePool({self.num_pages} pages of {self.spec.payload_bytes} bytes, {' '.join(self.layout.order)})"
 
 
-@jax.tree_util.register_pytree_with_keys_class
-class HostPool:
-    """Pages in pinned host memory, as one `uint8` array `(num_pages, page_bytes)` over memory of our own.
-
-    Pass it to the jitted step as a plain argument: **never donate it and never return it** (a jitted function returns a
-    copy of an argument, the whole pool). It needs no threading through: `store` changes its memory in place, and calls
-    through one device pool are ordered by the device pool. A copy is refused by the handlers.
-
-    A pytree of the array. What comes out of unflattening, inside jit, has no memory behind it and so no views.
-
-    Attributes:
-      array: the JAX array; memory kind `pinned_host` on a GPU.
-      spec, layout, num_pages: as in `DevicePool`. In a sharded pool: of one device.
-      memories: the `HostMemory` of each of this process's devices, in the mesh's order.
-    """
-
-    def __init__(
-        self, array: Any, spec: PageSpec, layout: Layout, num_pages: int, memories: tuple[HostMemory, ...] = ()
-    ) -> None:
-        self.array = array
-        self.spec = spec
-        self.layout = layout
-        self.num_pages = num_pages
-        self.memories = memories
-
-    @classmethod
-    def create(
-        cls,
-        spec: PageSpec,
-        num_pages: int,
-        layout: Layout | str = "page_first",
-        *,
-        device: jax.Device | Mesh | None = None,
-        **memory_options: Any,
-    ) -> Self:
-        """A pool of `num_pages` pages of zeros.
-
-        Args:
-          spec: what a page is; for a mesh, what one device holds of it.
-          num_pages: pages.
-          layout: a key of `HOST_LAYOUTS`, or a `Layout` of all five axes.
-          device: the device that loads and stores, by default the first; or a mesh: one `HostMemory` a device, and
-            `array` sharded on the bytes of a page over all the mesh's axes, for use inside `shard_map`.
-          **memory_options: `huge_pages`, `numa_node`, `num_threads`, `progress` of `HostMemory`.
-
-        Raises: what `HostMemory` raises, and `ValueError` for a layout that splits the pool. On an error no memory
-        stays behind.
-        """
-        layout = _layout(layout, HOST_LAYOUTS)
-        placement = layout.place(spec, num_pages)
-        if len(placement.array_bytes) != 1 or layout.merges_tokens:
-            raise ValueError(f"layout: a host pool is one run of bytes, so all five axes are needed, got {layout}")
-        mesh = device if isinstance(device, Mesh) else Mesh([device or jax.devices()[0]], ("host_pool",))
-        memories: list[HostMemory] = []
-        arrays: list[jax.Array] = []
-        try:
-            for local in mesh.local_devices:
-                is_gpu = local.platform == "gpu"
-                memory = HostMemory(
-                    placement.array_bytes[0],
-                    cuda_device=local.local_hardware_id if is_gpu else None,
-                    piece_ends=_piece_ends(placement),
-                    **memory_options,
-                )
-                memories.append(memory)
-                kind = (_DL_CUDA_HOST if is_gpu else _DL_CPU, local.local_hardware_id)
-                arrays.append(jax.dlpack.from_dlpack(memory.dlpack(num_pages, kind)))
-            sharding = NamedSharding(
-                mesh,
-                PartitionSpec(None, mesh.axis_names),  # type: ignore[no-untyped-call]
-                memory_kind="pinned_host" if mesh.devices.flat[0].platform == "gpu" else None,
-            )
-            shape = (num_pages, placement.page_bytes * mesh.size)
-            array = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-        except BaseException:
-            for memory in memories:
-                memory.close()
-            raise
-        return cls(array, spec, layout, num_pages, tuple(memories))
-
-    @property
-    def placement(self) -> Placement:
-        return self.layout.place(self.spec, self.num_pages)
-
-    def record(self, page: int, index: int = 0, *, shard: int = 0, writable: bool = False) -> npt.NDArray[np.uint8]:
-        """The bytes of a page record, padding included: one key of a page store. A view, not a copy.
-
-        `index`: which record, where the layout has one for each name. The caller sees to it that no running step
-        stores into or (if writable) loads from the page meanwhile.
-
-        Raises: `ValueError` for a layout without records or a closed pool, `IndexError` for a page, index or shard that
-        is not there.
-        """
-        records = self.placement.records
-        if not records:
-            raise ValueError(f"layout {' '.join(self.layout.order)} has no records: its pages are not contiguous")
-        self._check_page(page)
-        if not 0 <= index < len(records):
-            raise IndexError(f"index: expected 0 to {len(records) - 1}, got {index}")
-        begin = records[index].offset + page * records[index].num_bytes
-        return self._memory(shard).view(begin, begin + records[index].num_bytes, writable=writable)
-
-    def slab(self, page: int, name: str, layer: int, *, shard: int = 0, writable: bool = False) -> npt.NDArray[Any]:
-        """One slab of a page, `(page_size, *shape)` of its dtype. A view, as `record`; `KeyError` if there is none."""
-        self._check_page(page)
-        place = self.placement.by_key.get((name, layer))
-        if place is None:
-            raise KeyError(f"no slab {name!r} in layer {layer}")
-        slab = place.slab
-        dim = slab.shape[1:] if len(slab.shape) >= 2 else slab.shape
-        return np.ndarray(
-            (self.spec.page_size, slab.num_heads, *dim),
-            np.dtype(slab.dtype),
-            buffer=self._memory(shard).view(writable=writable),
-            offset=place.offset + page * place.page_stride,
-            strides=(place.token_stride, place.head_stride, *_row_major(dim, slab.itemsize)),
-        ).reshape(self.spec.page_size, *slab.shape, copy=False)
-
-    def view(self, page: int, *, shard: int = 0, writable: bool = False) -> dict[tuple[str, int], npt.NDArray[Any]]:
-        """All slabs of a page by `(name, layer)`; see `slab`."""
-        return {
-            (s.name, s.layer): self.slab(page, s.name, s.layer, shard=shard, writable=writable) for s in self.spec.slabs
-        }
-
-    def close(self) -> None:
-        """Deletes `array` and closes the memories, which unmaps them unless a view looks at them. Idempotent.
-
-        Steps that were dispatched before finish; a later one raises before it starts.
-        """
-        if self.memories and not self.array.is_deleted():
-            self.array.delete()
-        for memory in self.memories:
-            memory.close()
-
-    def _check_page(self, page: int) -> None:
-        if not 0 <= page < self.num_pages:
-            raise IndexError(f"page: expected 0 to {self.num_pages - 1}, got {page}")
-
-    def _memory(self, shard: int) -> HostMemory:
-        if not self.memories:
-            raise ValueError("this HostPool came out of a jit or a tree operation: look at the one that was created")
-        if not 0 <= shard < len(self.memories):
-            raise IndexError(f"shard: expected 0 to {len(self.memories) - 1}, got {shard}")
-        return self.memories[shard]
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        return ((jax.tree_util.GetAttrKey("array"), self.array),), (self.spec, self.layout, self.num_pages)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: Any) -> Self:
-        return cls(*children, *static)
-
-    def __repr__(self) -> str:
-        return f"HostPool({self.num_pages} pages of {self.placement.page_bytes} bytes, {' '.join(self.layout.order)})"
-
-
-def _layout(layout: Layout | str, named: Any) -> Layout:
-    if isinstance(layout, Layout):
-        return layout
-    if layout not in named:
-        raise ValueError(f"layout: expected a Layout or one of {list(named)}, got {layout!r}")
-    found: Layout = named[layout]
-    return found
-
-
-def _piece_ends(placement: Placement) -> list[int] | None:
-    """Ends of records, about every 4 GiB: a copy of a record must not cross two registrations."""
-    ends = []
-    for record in placement.records:
-        step = max(PIECE_BYTES // record.num_bytes, 1) * record.num_bytes
-        end = record.offset + placement.num_pages * record.num_bytes
-        ends += [*range(record.offset + step, end, step), end]
-    return ends or None
+def _local_shape(array: Any) -> tuple[int, ...]:
+    """The shape that one device sees: inside shard_map the traced shape, outside the shard's."""
+    sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+    return tuple(array.shape if sharding is None else sharding.shard_shape(array.shape))
 
 
 def _global_shape(shape: tuple[int, ...], device: Any) -> tuple[int, ...]:
@@ -336,16 +162,6 @@ def _global_shape(shape: tuple[int, ...], device: Any) -> tuple[int, ...]:
     # How often each axis is split, found by asking for the shard of an array that any number of devices divides.
     probe = tuple(math.lcm(*range(1, 1 + device.num_devices)) for _ in shape)
     return tuple(n * p // q for n, p, q in zip(shape, probe, device.shard_shape(probe), strict=True))
-
-
-def _row_major(shape: Sequence[int], itemsize: int) -> list[int]:
-    return [math.prod(shape[i + 1 :]) * itemsize for i in range(len(shape))]
-
-
-def _local_shape(array: Any) -> tuple[int, ...]:
-    """The shape that one device sees: inside shard_map the traced shape, outside the shard's."""
-    sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
-    return tuple(array.shape if sharding is None else sharding.shard_shape(array.shape))
 
 
 def _keyed(arrays: Any, layout: Layout) -> dict[tuple[int | None, str | None], Any]:
