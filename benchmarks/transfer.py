@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from jax_kvpool import DEFAULT_MAX_BLOCKS, DevicePool, HostPool, PageSpec, load, store
+from jax_kvpool import DEFAULT_MAX_BLOCKS, DevicePool, HostPool, PageSpec, host_ids, load, store
 
 TOTAL_BYTES = 1 << 30
 CHAIN = 9
@@ -50,7 +50,7 @@ def check(op, device, host, device_pages, host_pages):
                 np.testing.assert_array_equal(got, want, err_msg=f"{op.__name__} {name} {layer} pair {i}")
 
 
-def measure(op, spec, per_layer, max_blocks, driver, repeats, rng):
+def measure(op, spec, per_layer, max_blocks, driver, repeats, rng, is_engine=False):
     num_pairs = TOTAL_BYTES // spec.payload_bytes
     num_pages = num_pairs + num_pairs // 4
     device = DevicePool.create(spec, num_pages)
@@ -64,7 +64,7 @@ def measure(op, spec, per_layer, max_blocks, driver, repeats, rng):
         fill = jax.jit(lambda a, key: jax.random.normal(key, a.shape, a.dtype), donate_argnums=0)
         keys = iter(jax.random.split(jax.random.key(0), len(device.flat_arrays())))
         device = device.with_arrays(jax.tree.map(lambda a: fill(a, next(keys)), device.arrays))
-    ids = jax.device_put(device_pages), jax.device_put(host_pages)
+    ids = jax.device_put(device_pages), host_ids(host_pages) if is_engine else jax.device_put(host_pages)
     one, many = (chained(op, times, per_layer, max_blocks) for times in (1, CHAIN))
     device = one(device, host, *ids)
     jax.block_until_ready(device)

@@ -8,7 +8,7 @@ void CopyOnCpu(const PageCopy& copy, Direction direction) {
   const int begin = copy.LayerBegin();
   if (begin < 0) return;
   for (int64_t pair = 0; pair < copy.num_pairs; ++pair) {
-    const int32_t device_page = copy.device_pages[pair], host_page = copy.host_pages[pair];
+    const int32_t device_page = copy.device_pages[pair], host_page = copy.HostPage(pair);
     if (!copy.Contains(device_page, host_page)) continue;
     for (int s = begin; s < begin + copy.slabs_per_layer; ++s) {
       for (int outer = 0; outer < copy.num_outer; ++outer) {

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
       const uint32_t pairs_on = units.per_pair.Quotient(unit);
       const int64_t pair = first_pair + pairs_on;
       if (pair >= copy.num_pairs) continue;
-      const int32_t device_page = copy.device_pages[pair], host_page = copy.host_pages[pair];
+      const int32_t device_page = copy.device_pages[pair], host_page = copy.HostPage(pair);
       if (!copy.Contains(device_page, host_page)) continue;
       const uint32_t in_pair = units.per_pair.Remainder(unit, pairs_on);
       const uint32_t slab_index = units.per_slab.Quotient(in_pair);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpLanes)
       const uint32_t last_pair_on = units.per_pair.Quotient(in_first_pair + kUnitsPerPiece - 1);
       const int64_t pair = first_pair + last_pair_on + 1 + lane;
       const uint32_t found =
-          __ballot_sync(~0u, pair < copy.num_pairs && copy.Contains(copy.device_pages[pair], copy.host_pages[pair]));
+          __ballot_sync(~0u, pair < copy.num_pairs && copy.Contains(copy.device_pages[pair], copy.HostPage(pair)));
       const int64_t num_skipped = int64_t{last_pair_on} + (found == 0 ? 1 + kWarpLanes : __ffs(found));
       const int64_t to_skip = num_skipped * units.per_pair.divisor - in_first_pair - kUnitsPerPiece;
       if (to_skip > 0) piece += to_skip / stride * stride;

@@ -6,15 +6,49 @@
 namespace kvpool {
 namespace {
 
+ffi::Error CopyNow(const CopyOperands& operands, Direction direction, Integers plan) {
+  return RunCopies(operands, plan, [&](const PageCopy& copy) -> std::optional<std::string> {
+    CopyOnCpu(copy, direction);
+    return std::nullopt;
+  });
+}
+
 template <Direction direction>
-ffi::Error CopyCpu(ffi::Buffer<ffi::U8, 2> host, ffi::Buffer<ffi::S32, 1> device_pages,
-                   ffi::Buffer<ffi::S32, 1> host_pages, ffi::Buffer<ffi::S32, 0> layer, ffi::RemainingArgs arrays,
-                   ffi::RemainingRets results, ffi::Span<const int64_t> plan, int64_t /*max_blocks*/) {
-  return RunCopy(GetLiveMemory(), host, device_pages, host_pages, layer, arrays, results, plan,
-                 [](const PageCopy& copy) -> std::optional<std::string> {
-                   CopyOnCpu(copy, direction);
-                   return std::nullopt;
-                 });
+ffi::Error CopyCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer, ffi::RemainingArgs arrays,
+                   ffi::RemainingRets results, Integers plan, int64_t /*max_blocks*/) {
+  auto operands = CheckOperands(GetLiveMemory(), host, device_pages, host_pages, layer.typed_data(), arrays, results, plan);
+  if (operands.has_error()) return operands.error();
+  return CopyNow(*operands, direction, plan);
+}
+
+template <Direction direction>
+ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pages, ffi::RemainingArgs arrays,
+                           ffi::Result<Scratch> /*scratch*/, ffi::RemainingRets results, Integers plan,
+                           int64_t /*max_blocks*/) {
+  auto operands = CheckOperands(GetLiveMemory(), host, device_pages, host_pages, nullptr, arrays, results, plan);
+  if (operands.has_error()) return operands.error();
+  return CopyNow(*operands, direction, plan);
+}
+
+// Copies at once.
+ffi::Error StartCpu(HostArray host, PageIds load_device_pages, PageIds load_host_pages, PageIds store_device_pages,
+                    PageIds store_host_pages, ffi::RemainingArgs arrays, ffi::Result<Scratch> /*scratch*/,
+                    ffi::Result<Scalar> token, ffi::RemainingRets results, Integers plan, Integers /*wait_stages*/,
+                    int64_t /*load_scratch_bytes*/, int64_t /*store_scratch_bytes*/, int64_t /*max_blocks*/) {
+  auto stored =
+      CheckOperands(GetLiveMemory(), host, store_device_pages, store_host_pages, nullptr, arrays, results, plan);
+  if (stored.has_error()) return stored.error();
+  auto loaded =
+      CheckOperands(GetLiveMemory(), host, load_device_pages, load_host_pages, nullptr, arrays, results, plan);
+  if (loaded.has_error()) return loaded.error();
+  *token->typed_data() = 0;
+  if (auto error = CopyNow(*stored, Direction::kStore, plan); error.failure()) return error;
+  return CopyNow(*loaded, Direction::kLoad, plan);
+}
+
+ffi::Error WaitCpu(ffi::RemainingArgs operands, ffi::RemainingRets results, Integers /*arrays*/) {
+  const auto in_place = InPlace(operands, results);
+  return in_place.has_error() ? in_place.error() : ffi::Error::Success();
 }
 
 }  // namespace
@@ -24,3 +58,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadCpu, kvpool::CopyCpu<kvpool::Direction::
                               kvpool::BindCopy(xla::ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreCpu, kvpool::CopyCpu<kvpool::Direction::kStore>,
                               kvpool::BindCopy(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStartCpu, kvpool::StartCpu, kvpool::BindStart(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolWaitCpu, kvpool::WaitCpu, kvpool::BindWait(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadByEngineCpu, kvpool::CopyByEngineCpu<kvpool::Direction::kLoad>,
+                              kvpool::BindCopyByEngine(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreByEngineCpu, kvpool::CopyByEngineCpu<kvpool::Direction::kStore>,
+                              kvpool::BindCopyByEngine(xla::ffi::Ffi::Bind()));

@@ -8,6 +8,10 @@
 extern "C" {
 XLA_FFI_Error* KvPoolLoadCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* KvPoolStoreCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* KvPoolLoadByEngineCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* KvPoolStoreByEngineCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* KvPoolStartCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* KvPoolWaitCuda(XLA_FFI_CallFrame* call_frame);
 }
 
 namespace kvpool {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -27,6 +28,14 @@ class LiveMemory {
     const std::lock_guard lock(mutex_);
     const auto found = bytes_.find(data);
     return found != bytes_.end() && found->second == bytes;
+  }
+  // Whether they are some of the bytes of one live memory.
+  bool Covers(const void* data, int64_t bytes) const {
+    const std::lock_guard lock(mutex_);
+    const auto after = bytes_.upper_bound(data);
+    if (after == bytes_.begin()) return false;
+    const auto& [base, size] = *std::prev(after);
+    return static_cast<const char*>(data) + bytes <= static_cast<const char*>(base) + size;
   }
 
  private:

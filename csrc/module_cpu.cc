@@ -1,16 +1,23 @@
 // jax_kvpool._cpu: host memory, the CPU handlers, and a direct entry to the copy for tests below XLA.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <map>
+#include <string>
 #include <system_error>
 
 #include "copy_cpu.h"
 #include "copy_plan.h"
 #include "ffi_cpu.h"
 #include "host_memory.h"
+#include "id_slots.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;
@@ -40,23 +47,26 @@ struct DLManagedTensor {
 
 struct Export {
   DLManagedTensor managed;
-  int64_t shape[2];
-  std::shared_ptr<HostMemory> memory;
+  std::vector<int64_t> shape;
+  std::shared_ptr<const void> owner;
 };
 
-// The capsule of a uint8 array (num_rows, row_bytes) over all of `memory`, which lives as long as the array.
-// The deleter runs wherever the last array is dropped, without the GIL.
-nb::object ExportDlpack(const std::shared_ptr<HostMemory>& memory, int64_t num_rows, int device_type, int device_id) {
-  auto* exported = new Export{.managed = {}, .shape = {num_rows, memory->bytes() / num_rows}, .memory = memory};
+enum class Type { kInteger, kUnsigned };  // DLPack's codes
+
+// The capsule of an array at `data`, which keeps `owner` as long as it lives. The deleter runs wherever the last array
+// is dropped, without the GIL.
+nb::object ExportDlpack(std::shared_ptr<const void> owner, void* data, std::vector<int64_t> shape, Type type,
+                        uint8_t bits, std::pair<int, int> device) {
+  auto* exported = new Export{.managed = {}, .shape = std::move(shape), .owner = std::move(owner)};
   exported->managed = {
-      .tensor = {.data = memory->data(),
-                 .device_type = device_type,
-                 .device_id = device_id,
-                 .ndim = 2,
-                 .type_code = 1,  // unsigned integer
-                 .type_bits = 8,
+      .tensor = {.data = data,
+                 .device_type = device.first,
+                 .device_id = device.second,
+                 .ndim = static_cast<int32_t>(exported->shape.size()),
+                 .type_code = static_cast<uint8_t>(type),
+                 .type_bits = bits,
                  .type_lanes = 1,
-                 .shape = exported->shape,
+                 .shape = exported->shape.data(),
                  .strides = nullptr,  // row-major
                  .byte_offset = 0},
       .context = exported,
@@ -109,22 +119,41 @@ using ByteArray = nb::ndarray<uint8_t, nb::ndim<1>, nb::device::cpu, nb::c_conti
 void CopyPages(const std::vector<int64_t>& plan, bool is_load, ByteArray host, const std::vector<ByteArray>& arrays,
                Ids device_pages, Ids host_pages, int32_t layer) {
   if (device_pages.size() != host_pages.size()) throw nb::value_error("ids differ in length");
-  const CopyOperands operands = {
+  CopyOperands operands = {
       .host = {reinterpret_cast<char*>(host.data()), static_cast<int64_t>(host.size())},
-      .num_arrays = static_cast<int64_t>(arrays.size()),
+      .arrays = {},
       .device_pages = device_pages.data(),
       .host_pages = host_pages.data(),
       .layer = &layer,
       .num_pairs = static_cast<int64_t>(device_pages.size()),
   };
-  const auto array = [&](int64_t i) -> Bytes {
-    return {reinterpret_cast<char*>(arrays[i].data()), static_cast<int64_t>(arrays[i].size())};
-  };
-  const auto run = [&](const PageCopy& copy) -> std::optional<std::string> {
-    CopyOnCpu(copy, is_load ? Direction::kLoad : Direction::kStore);
-    return std::nullopt;
-  };
-  if (const auto error = RunPlan(plan, operands, array, run)) throw nb::value_error(error->c_str());
+  for (const ByteArray& array : arrays) {
+    operands.arrays.push_back({reinterpret_cast<char*>(array.data()), static_cast<int64_t>(array.size())});
+  }
+  std::vector<Stage> stages;
+  if (const auto error = ReadPlan(plan, operands, stages)) throw nb::value_error(error->c_str());
+  for (const Stage& stage : stages) {
+    for (const PageCopy& copy : stage.copies) CopyOnCpu(copy, is_load ? Direction::kLoad : Direction::kStore);
+  }
+}
+
+// ---- Page ids that the CPU can read ----
+
+struct PyIdSlots {
+  std::shared_ptr<IdSlots> slots;
+};
+
+struct PyIdSlot {
+  std::shared_ptr<char> slot;
+  int64_t num_ids;
+};
+
+// A slot with these ids; None if all are taken.
+std::optional<PyIdSlot> TakeSlot(const PyIdSlots& self, Ids ids) {
+  PyIdSlot taken = {self.slots->Take(), static_cast<int64_t>(ids.size())};
+  if (!taken.slot) return std::nullopt;
+  std::copy_n(ids.data(), ids.size(), reinterpret_cast<int32_t*>(taken.slot.get()));
+  return taken;
 }
 
 }  // namespace
@@ -144,8 +173,17 @@ NB_MODULE(_cpu, m) {
 
   m.def("ffi_api_version", [] { return std::pair<int, int>(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   m.attr("MAX_SLABS") = PageCopy::kMaxSlabs;
-  m.def("load_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolLoadCpu)); });
-  m.def("store_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolStoreCpu)); });
+  const auto handler = [](const char* target, XLA_FFI_Error* (*call)(XLA_FFI_CallFrame*)) {
+    return std::pair(std::string(target), nb::capsule(reinterpret_cast<void*>(call)));
+  };
+  m.def("handlers", [handler] {
+    return std::map<std::string, nb::capsule>{handler("jax_kvpool_load", KvPoolLoadCpu),
+                                              handler("jax_kvpool_store", KvPoolStoreCpu),
+                                              handler("jax_kvpool_load_by_engine", KvPoolLoadByEngineCpu),
+                                              handler("jax_kvpool_store_by_engine", KvPoolStoreByEngineCpu),
+                                              handler("jax_kvpool_start", KvPoolStartCpu),
+                                              handler("jax_kvpool_wait", KvPoolWaitCpu)};
+  });
   m.def("live_memory", [] { return nb::capsule(&GetLiveMemory(), "jax_kvpool.LiveMemory"); });
   m.def("leave_to_exit", &HostMemory::LeaveToExit, nb::call_guard<nb::gil_scoped_release>());
 
@@ -173,10 +211,28 @@ NB_MODULE(_cpu, m) {
       .def(
           "dlpack",
           [](const PyHostMemory& self, int64_t num_rows, std::pair<int, int> device) {
-            return ExportDlpack(self.Get(), num_rows, device.first, device.second);
+            const auto& memory = self.Get();
+            return ExportDlpack(memory, memory->data(), {num_rows, memory->bytes() / num_rows}, Type::kUnsigned, 8,
+                                device);
           },
           "num_rows"_a, "device"_a)
       .def("close", &Close);
+
+  nb::class_<PyIdSlot>(m, "IdSlot")
+      .def(
+          "dlpack",
+          [](const PyIdSlot& self, std::pair<int, int> device) {
+            return ExportDlpack(self.slot, self.slot.get(), {self.num_ids}, Type::kInteger, 32, device);
+          },
+          "device"_a);
+  nb::class_<PyIdSlots>(m, "IdSlots")
+      .def(
+          "__init__",
+          [](PyIdSlots* self, const PyHostMemory& memory, int64_t slot_bytes) {
+            new (self) PyIdSlots{std::make_shared<IdSlots>(memory.Get(), slot_bytes)};
+          },
+          "memory"_a, "slot_bytes"_a)
+      .def("take", &TakeSlot, "ids"_a);
 
   m.def("copy_pages", &CopyPages, "plan"_a, "is_load"_a, "host"_a, "arrays"_a, "device_pages"_a, "host_pages"_a,
         "layer"_a);

@@ -1,10 +1,12 @@
 // jax_kvpool._cuda: the CUDA handlers, and the registration of host memory with CUDA.
 #include <cuda_runtime.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <sys/mman.h>
 
 #include <cctype>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -82,8 +84,17 @@ std::string PciAddress(int device) {
 NB_MODULE(_cuda, m) {
   using namespace kvpool;
 
-  m.def("load_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolLoadCuda)); });
-  m.def("store_handler", [] { return nb::capsule(reinterpret_cast<void*>(KvPoolStoreCuda)); });
+  const auto handler = [](const char* target, XLA_FFI_Error* (*call)(XLA_FFI_CallFrame*)) {
+    return std::pair(std::string(target), nb::capsule(reinterpret_cast<void*>(call)));
+  };
+  m.def("handlers", [handler] {
+    return std::map<std::string, nb::capsule>{handler("jax_kvpool_load", KvPoolLoadCuda),
+                                              handler("jax_kvpool_store", KvPoolStoreCuda),
+                                              handler("jax_kvpool_load_by_engine", KvPoolLoadByEngineCuda),
+                                              handler("jax_kvpool_store_by_engine", KvPoolStoreByEngineCuda),
+                                              handler("jax_kvpool_start", KvPoolStartCuda),
+                                              handler("jax_kvpool_wait", KvPoolWaitCuda)};
+  });
   m.def(
       "set_live_memory",
       [](const nb::capsule& live) {

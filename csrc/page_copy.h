@@ -34,8 +34,8 @@ struct PageCopy {
   static constexpr int kMaxSlabs = 232;
 
   const int32_t* device_pages;  // [num_pairs]
-  const int32_t* host_pages;    // [num_pairs]
-  const int32_t* layer;         // [1]: the slabs from *layer * slabs_per_layer on
+  const int32_t* host_pages;    // [num_pairs]; null: pair i is page i
+  const int32_t* layer;         // [1]: the slabs from *layer * slabs_per_layer on; null: as if 0
   int64_t num_pairs;
   int32_t num_device_pages, num_host_pages;  // a pair with an id outside is skipped
   int32_t first_slab;                        // the place of slabs[0] among all slabs of this shape
@@ -48,8 +48,11 @@ struct PageCopy {
 
   // Where the slabs of *layer begin in slabs[]; -1 if they are not here.
   KVPOOL_HOST_DEVICE int LayerBegin() const {
-    const int64_t begin = int64_t{*layer} * slabs_per_layer - first_slab;
+    const int64_t begin = (layer ? int64_t{*layer} : 0) * slabs_per_layer - first_slab;
     return begin >= 0 && begin + slabs_per_layer <= num_slabs ? static_cast<int>(begin) : -1;
+  }
+  KVPOOL_HOST_DEVICE int32_t HostPage(int64_t pair) const {
+    return host_pages ? host_pages[pair] : static_cast<int32_t>(pair);
   }
   KVPOOL_HOST_DEVICE bool Contains(int32_t device_page, int32_t host_page) const {
     return device_page >= 0 && device_page < num_device_pages && host_page >= 0 && host_page < num_host_pages;

@@ -18,6 +18,8 @@ from jax_kvpool.layout import (  # noqa: E402
 )
 from jax_kvpool.memory import HostMemory  # noqa: E402
 from jax_kvpool.ops import DEFAULT_MAX_BLOCKS, PageStatus, load, page_status, store  # noqa: E402
+from jax_kvpool.overlap import run_layers  # noqa: E402
+from jax_kvpool.page_ids import host_ids  # noqa: E402
 
 __all__ = [
     "DEFAULT_MAX_BLOCKS",
@@ -35,7 +37,9 @@ __all__ = [
     "Slab",
     "StalePageError",
     "fingerprint",
+    "host_ids",
     "load",
     "page_status",
+    "run_layers",
     "store",
 ]

@@ -18,6 +18,10 @@ __all__ = ["cuda_module", "register_targets", "require_runtime"]
 
 LOAD_TARGET = "jax_kvpool_load"
 STORE_TARGET = "jax_kvpool_store"
+LOAD_BY_ENGINE_TARGET = "jax_kvpool_load_by_engine"
+STORE_BY_ENGINE_TARGET = "jax_kvpool_store_by_engine"
+START_TARGET = "jax_kvpool_start"
+WAIT_TARGET = "jax_kvpool_wait"
 
 
 def require_runtime() -> None:
@@ -51,8 +55,7 @@ def cuda_module() -> ModuleType | None:
 @functools.cache
 def register_targets() -> None:
     """Registers the handlers of every platform this build has. Initialises no backend."""
-    jax.ffi.register_ffi_target(LOAD_TARGET, _cpu.load_handler(), platform="cpu")
-    jax.ffi.register_ffi_target(STORE_TARGET, _cpu.store_handler(), platform="cpu")
-    if (cuda := cuda_module()) is not None:
-        jax.ffi.register_ffi_target(LOAD_TARGET, cuda.load_handler(), platform="CUDA")
-        jax.ffi.register_ffi_target(STORE_TARGET, cuda.store_handler(), platform="CUDA")
+    modules = {"cpu": _cpu, "CUDA": cuda_module()}
+    for platform, module in modules.items():
+        for target, handler in module.handlers().items() if module else ():
+            jax.ffi.register_ffi_target(target, handler, platform=platform)

@@ -85,6 +85,10 @@ class Slab:
         """Bytes of one token and one head."""
         return math.prod(self.shape) // self.num_heads * self.itemsize
 
+    def bytes_of(self, num_tokens: int) -> int:
+        """Bytes of so many tokens."""
+        return num_tokens * self.num_heads * self.dim_bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class PageSpec:
@@ -154,6 +158,11 @@ class SlabPlace:
     page_stride: int = 0
     token_stride: int = 0
     head_stride: int = 0
+
+    def end(self, page_size: int) -> int:
+        """The byte behind the slab of page 0."""
+        last = (page_size - 1) * self.token_stride + (self.slab.num_heads - 1) * self.head_stride
+        return self.offset + last + self.slab.dim_bytes
 
 
 @dataclasses.dataclass(frozen=True)

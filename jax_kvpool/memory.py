@@ -140,6 +140,10 @@ class HostMemory:
             raise ValueError(f"device: this memory is pinned for CUDA device {self.cuda_device}, got {device}")
         return DlpackExport(self._memory, num_rows, device)
 
+    def slots(self, slot_bytes: int) -> _cpu.IdSlots:
+        """The memory in pieces of `slot_bytes`, each to be taken by one array of page ids."""
+        return _cpu.IdSlots(self._memory, slot_bytes)
+
     def close(self) -> None:
         """Ends the use of the memory: handlers refuse it from now on, and it is unmapped as soon as no array looks at
         it; if none does, now, after the device has finished what it was given. Idempotent."""

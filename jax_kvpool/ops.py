@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import enum
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import jax
@@ -14,10 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from jax_kvpool._runtime import LOAD_TARGET, STORE_TARGET, register_targets
+from jax_kvpool._runtime import (
+    LOAD_BY_ENGINE_TARGET,
+    LOAD_TARGET,
+    STORE_BY_ENGINE_TARGET,
+    STORE_TARGET,
+    register_targets,
+)
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
-from jax_kvpool.plan import ALL_LAYERS, TRACED_LAYER, copy_plan
+from jax_kvpool.plan import TRACED_LAYER, CopyPlan, Stages, copy_plan
 
 __all__ = ["DEFAULT_MAX_BLOCKS", "PageStatus", "load", "page_status", "store"]
 
@@ -25,6 +33,9 @@ DEFAULT_MAX_BLOCKS: Final = 4
 """Thread blocks of a copy, at most. On an H100 4 blocks move what the link lets SMs move: loads 0.92 to 0.95 of a
 contiguous cudaMemcpyAsync, stores 0.93 to 0.95. 16 blocks move the same, 2 blocks 0.6 and 0.8 of it
 (benchmarks/transfer.py; csrc/copy_cuda.cu)."""
+
+_BY_ENGINE: Final = {LOAD_TARGET: LOAD_BY_ENGINE_TARGET, STORE_TARGET: STORE_BY_ENGINE_TARGET}
+_HALF_BYTES: Final = 16 << 20
 
 
 def load(
@@ -91,59 +102,63 @@ def _copy(
     max_blocks: int,
 ) -> DevicePool:
     """Checks everything that tracing can know, then makes the call."""
-    device_pages, host_pages = _page_ids("device_pages", device_page_ids), _page_ids("host_pages", host_page_ids)
-    if device_pages.shape != host_pages.shape:
-        raise ValueError(f"host_pages: expected {device_pages.size} ids, as device_pages has, got {host_pages.size}")
-    if device.spec != host.spec:
-        raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
-    if max_blocks <= 0:
-        raise ValueError(f"max_blocks: expected a positive int, got {max_blocks}")
-    if not isinstance(host.array, jax.core.Tracer) and _is_staging():
-        raise ValueError(
-            "host: this HostPool was closed over by the traced function, which would make it a constant of the "
-            "program; pass it as an argument of the jitted function"
-        )
-    expected = (host.num_pages, host.placement.page_bytes)
-    if host.array.shape != expected or host.array.dtype != jnp.uint8:
-        raise ValueError(
-            f"host: its array must be uint8{list(expected)}, got {host.array.dtype}{list(host.array.shape)}"
-            "; a sharded pool has its shard's shapes only inside shard_map"
-        )
+    device_pages, host_pages = page_pairs("device_pages", device_page_ids, "host_pages", host_page_ids)
+    check_pools(device, host, max_blocks)
     arrays = device.flat_arrays()
-    static_layer, traced_layer = _layer(layer, device)
-    plan, used = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, static_layer)
-    changed = _call(
-        target, plan, max_blocks, [arrays[i] for i in used], host.array, device_pages, host_pages, traced_layer
-    )
-    for index, array in zip(used, changed, strict=True):
+    stages, traced_layer = _layer(layer, device)
+    plan = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages)
+    operands = [arrays[i] for i in plan.arrays]
+    others = [device_pages, host_pages, traced_layer]
+    scratch = scratch_bytes(plan, host_pages)
+    if scratch is not None:
+        if stages == TRACED_LAYER:
+            raise ValueError("layer: the copy engine cannot follow a traced layer; pass host_pages in device memory")
+        target, others = _BY_ENGINE[target], [device_pages, host_pages]
+    changed = _call(target, plan.integers, max_blocks, scratch, operands, host.array, *others)
+    for index, array in zip(plan.arrays, changed, strict=True):
         arrays[index] = array
     return device.with_flat_arrays(arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3, inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4, inline=True)
 def _call(
     target: str,
     plan: tuple[int, ...],
     max_blocks: int,
+    scratch_bytes: int | None,
     arrays: list[jax.Array],
     host: jax.Array,
-    device_pages: jax.Array,
-    host_pages: jax.Array,
-    layer: jax.Array,
+    *others: jax.Array,
 ) -> list[jax.Array]:
+    """`others`: device_pages, host_pages and, for a kernel, the layer."""
     register_targets()
+    scratch = [] if scratch_bytes is None else [jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)]
     call = jax.ffi.ffi_call(
         target,
-        [jax.typeof(a) for a in arrays],  # with their manual axes, inside shard_map
+        [*scratch, *(jax.typeof(a) for a in arrays)],  # with their manual axes, inside shard_map
         # Each array is its own result: in place if donated, and ordered before whatever uses the result.
-        input_output_aliases={4 + i: i for i in range(len(arrays))},
+        input_output_aliases={1 + len(others) + i: len(scratch) + i for i in range(len(arrays))},
     )
     attributes = {"plan": np.array(plan, np.int64), "max_blocks": np.int64(max_blocks)}
-    call = _without_transformations(functools.partial(call, **attributes))
-    return _fenced(list(call(host, device_pages, host_pages, layer, *_fenced(arrays))))
+    call = without_transformations(functools.partial(call, **attributes))
+    return fenced(list(call(host, *others, *fenced(arrays)))[len(scratch) :])
 
 
-def _fenced(arrays: list[jax.Array]) -> list[jax.Array]:
+def is_on_host(pages: Any) -> bool:
+    """Whether ids are in host memory, as those of `host_ids` on a GPU."""
+    return isinstance(pages, jax.Array) and jax.typeof(pages).memory_space == jax.memory.Space.Host
+
+
+def scratch_bytes(plan: CopyPlan, host_pages: Any) -> int | None:
+    """Device memory for a call with these ids: two halves of staging, if the copy engine has something to do, and the
+    ids. None if they are in device memory."""
+    if not is_on_host(host_pages):
+        return None
+    pages = min(max(_HALF_BYTES // max(plan.staged_page_bytes, 1), 1), host_pages.size)
+    return 2 * pages * plan.staged_page_bytes + 4 * host_pages.size
+
+
+def fenced(arrays: list[jax.Array]) -> list[jax.Array]:
     """Keeps what is done to the arrays out of the call, and the call out of it.
 
     XLA fuses a slice before a custom call, and an update after it, with the call, and forgets the aliases then: 0.11.2
@@ -153,8 +168,8 @@ def _fenced(arrays: list[jax.Array]) -> list[jax.Array]:
     return fenced
 
 
-def _without_transformations(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, which says so where it is differentiated or batched."""
+def without_transformations(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, which is refused with a clear error where it is differentiated or batched."""
     batched = jax.custom_batching.custom_vmap(call)
 
     @batched.def_vmap
@@ -174,7 +189,53 @@ def _without_transformations(call: Callable[..., Any]) -> Callable[..., Any]:
     return differentiated
 
 
-def _is_staging() -> bool:
+_in_flight: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("in_flight", default=())
+
+
+@contextlib.contextmanager
+def in_flight(arrays: Sequence[Any]) -> Iterator[None]:
+    """While a model is traced whose pages travel beside it: nothing else may be done with the pool."""
+    before = _in_flight.set((*_in_flight.get(), *arrays))
+    try:
+        yield
+    finally:
+        _in_flight.reset(before)
+
+
+def check_pools(device: DevicePool, host: HostPool, max_blocks: int) -> None:
+    """Raises `ValueError` unless these pools can be copied between."""
+    if any(a is b for a in jax.tree.leaves(device.arrays) for b in _in_flight.get()):
+        raise ValueError("device: pages of this pool are travelling (run_layers); a block may use only its own kv")
+    if device.spec != host.spec:
+        raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
+    if max_blocks <= 0:
+        raise ValueError(f"max_blocks: expected a positive int, got {max_blocks}")
+    if not isinstance(host.array, jax.core.Tracer) and is_staging():
+        raise ValueError(
+            "host: this HostPool was closed over by the traced function, which would make it a constant of the "
+            "program; pass it as an argument of the jitted function"
+        )
+    expected = (host.num_pages, host.placement.page_bytes)
+    if host.array.shape != expected or host.array.dtype != jnp.uint8:
+        raise ValueError(
+            f"host: its array must be uint8{list(expected)}, got {host.array.dtype}{list(host.array.shape)}"
+            "; a sharded pool has its shard's shapes only inside shard_map"
+        )
+
+
+def page_pairs(
+    device_name: str, device_page_ids: npt.ArrayLike, host_name: str, host_page_ids: npt.ArrayLike
+) -> tuple[Any, Any]:
+    """The ids as two int32 arrays of one length. Raises `TypeError` or `ValueError`, with the names, otherwise."""
+    device_pages, host_pages = _page_ids(device_name, device_page_ids), _page_ids(host_name, host_page_ids)
+    if device_pages.shape != host_pages.shape:
+        raise ValueError(f"{host_name}: expected {device_pages.size} ids, as {device_name} has, got {host_pages.size}")
+    if is_on_host(device_pages):
+        raise ValueError(f"{device_name}: expected ids in device memory, got {jax.typeof(device_pages)}")
+    return device_pages, host_pages
+
+
+def is_staging() -> bool:
     """Whether everything is being traced into a program (jit, scan, ...), not only what vmap or grad look at."""
     return isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
@@ -192,17 +253,17 @@ def _page_ids(name: str, pages: npt.ArrayLike) -> Any:
     return array
 
 
-def _layer(layer: int | jax.Array | None, device: DevicePool) -> tuple[int, Any]:
-    """`(static layer, traced layer)`: what the plan is made for, and the operand that goes with it."""
+def _layer(layer: int | jax.Array | None, device: DevicePool) -> tuple[Stages, Any]:
+    """What the plan is made for, and the operand that goes with it."""
     if layer is None:
-        return ALL_LAYERS, np.int32(0)
+        return (device.spec.layers,), np.int32(0)
     if isinstance(layer, jax.core.Tracer):
         if layer.shape != () or layer.dtype != jnp.int32:
             raise TypeError(f"layer: expected an int or a scalar int32, got {layer.dtype}{list(layer.shape)}")
         return TRACED_LAYER, layer
     if operator.index(layer) not in device.spec.layers:
         raise ValueError(f"layer: expected one of {device.spec.layers}, got {layer}")
-    return operator.index(layer), np.int32(0)
+    return ((operator.index(layer),),), np.int32(0)
 
 
 def _difference(device: DevicePool, host: HostPool) -> str:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from jax_kvpool import _cpu
-from jax_kvpool.layout import Layout, PageSpec, SlabPlace
+from jax_kvpool.layout import Layout, PageSpec, Placement, SlabPlace
 
-__all__ = ["ALL_LAYERS", "TRACED_LAYER", "copy_plan"]
+__all__ = ["TRACED_LAYER", "Stages", "copy_plan"]
 
-ALL_LAYERS: Final = -1
-TRACED_LAYER: Final = -2
-
+Stages = tuple[tuple[int, ...], ...]
+"""The layers of each stage of a copy, in the order in which they are copied."""
+TRACED_LAYER: Final[Stages] = ()
+"""One stage, of the one layer that an operand of the call says."""
 
 _Pair = tuple[SlabPlace, SlabPlace]
 """A slab on the device and on the host."""
@@ -58,6 +59,67 @@ def _shape(device: SlabPlace, host: SlabPlace, page_size: int) -> _Shape:
     return _Shape(loops[0], loops[1], run_bytes, device.page_stride, host.page_stride)
 
 
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A contiguous part of a page record, which the copy engine moves whole: see csrc/copy_plan.h."""
+
+    offset: int
+    page_stride: int
+    num_bytes: int
+    staged_offset: int
+
+
+MIN_SPAN_BYTES: Final = 256 << 10
+_STAGED_ALIGNMENT: Final = 256
+
+
+def _spans(stage: list[_Pair], host: Placement, page_size: int) -> list[Span]:
+    """The parts of the page's records that are the slabs of a stage and nothing else; none if there are no such,
+    or if they are too short for the copy engine."""
+    spans: list[Span] = []
+    staged = 0
+    for record in host.records:
+        inside = [h for _, h in stage if 0 <= h.offset - record.offset < record.num_bytes]
+        if not inside:
+            continue
+        begin, end = min(h.offset for h in inside), max(h.end(page_size) for h in inside)
+        if sum(h.slab.bytes_of(page_size) for h in inside) != end - begin:
+            return []
+        staged += (begin - staged) % _STAGED_ALIGNMENT  # as wide accesses there as in the record
+        if end - begin < MIN_SPAN_BYTES:
+            return []
+        spans.append(Span(begin, record.num_bytes, end - begin, staged))
+        staged += end - begin
+    return spans
+
+
+def _staged_page_bytes(spans: list[Span]) -> int:
+    end = max((span.staged_offset + span.num_bytes for span in spans), default=0)
+    return -(-end // _STAGED_ALIGNMENT) * _STAGED_ALIGNMENT
+
+
+def _staged_offset(place: SlabPlace, spans: list[Span]) -> int:
+    """Where a slab lies in a staged page."""
+    for span in spans:
+        if 0 <= place.offset - span.offset < span.num_bytes:
+            return span.staged_offset + place.offset - span.offset
+    return 0  # never staged
+
+
+class CopyPlan(NamedTuple):
+    """What the handlers need to know about a call.
+
+    Attributes:
+      integers: the list that csrc/copy_plan.h reads.
+      arrays: which of the device pool's arrays are the call's operands, in this order.
+      staged_page_bytes: of a page in a staging buffer, at most; 0 if nothing is for the copy engine.
+    """
+
+    integers: tuple[int, ...]
+    arrays: tuple[int, ...]
+    staged_page_bytes: int
+
+
 @functools.lru_cache(maxsize=1024)
 def copy_plan(
     spec: PageSpec,
@@ -65,52 +127,61 @@ def copy_plan(
     num_device_pages: int,
     host_layout: Layout,
     num_host_pages: int,
-    layer: int,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns `(plan, arrays)`: the list that csrc/copy_plan.h reads, and which of the device pool's arrays are the
-    call's operands, in this order.
+    stages: Stages,
+) -> CopyPlan:
+    """The plan of a copy in these stages.
 
-    `layer` is a layer of the spec, `ALL_LAYERS`, or `TRACED_LAYER`: the call's own operand says which. Raises
-    `ValueError` if it is traced and the layers are not alike.
+    Raises `ValueError` if the layer is traced and the layers are not alike.
     """
     device = device_layout.place(spec, num_device_pages)
     host = host_layout.place(spec, num_host_pages)
     if spec.payload_bytes >= 2**30:  # a kernel numbers the accesses of a page in 31 bits
         raise ValueError(f"spec: a page of {spec.payload_bytes} bytes, expected less than 1 GiB")
 
-    shapes: dict[_Shape, list[_Pair]] = {}
-    for d, h in zip(device.places, host.places, strict=True):
-        if layer < 0 or layer == d.slab.layer:
-            shapes.setdefault(_shape(d, h, spec.page_size), []).append((d, h))
-    arrays = sorted({d.array for slabs in shapes.values() for d, _ in slabs})
+    pairs = list(zip(device.places, host.places, strict=True))
+    if stages == TRACED_LAYER:
+        in_stages, launches = [pairs], _launches_of_a_traced_layer
+    else:
+        in_stages = [[(d, h) for d, h in pairs if d.slab.layer in layers] for layers in stages]
+        launches = _launches
+    arrays = sorted({d.array for stage in in_stages for d, _ in stage})
 
     plan = [num_device_pages, num_host_pages, sum(host.array_bytes), len(arrays)]
     plan += [device.array_bytes[a] for a in arrays]
-    launches = [launch for shape, slabs in shapes.items() for launch in _launches(shape, slabs, spec, layer)]
-    plan.append(len(launches))
-    for shape, first_slab, slabs_per_layer, slabs in launches:
-        plan += [shape.outer.extent, shape.inner.extent, shape.run_bytes]
-        plan += [shape.device_page_stride, shape.outer.device_stride, shape.inner.device_stride]
-        plan += [shape.host_page_stride, shape.outer.host_stride, shape.inner.host_stride]
-        plan += [first_slab, slabs_per_layer, len(slabs)]
-        for d, h in slabs:
-            plan += [arrays.index(d.array), d.offset, h.offset]
-    return tuple(plan), tuple(arrays)
+    plan.append(len(in_stages))
+    spans_of = [_spans(stage, host, spec.page_size) for stage in in_stages]
+    staged_page_bytes = [_staged_page_bytes(spans) for spans in spans_of]
+    for stage, spans, staged in zip(in_stages, spans_of, staged_page_bytes, strict=True):
+        shapes: dict[_Shape, list[_Pair]] = {}
+        for d, h in stage:
+            shapes.setdefault(_shape(d, h, spec.page_size), []).append((d, h))
+        plan += [staged, len(spans)]
+        for span in spans:
+            plan += [span.offset, span.page_stride, span.num_bytes, span.staged_offset]
+        in_stage = [launch for shape, slabs in shapes.items() for launch in launches(shape, slabs, spec)]
+        plan.append(len(in_stage))
+        for shape, first_slab, slabs_per_layer, slabs in in_stage:
+            plan += [shape.outer.extent, shape.inner.extent, shape.run_bytes]
+            plan += [shape.device_page_stride, shape.outer.device_stride, shape.inner.device_stride]
+            plan += [shape.host_page_stride, shape.outer.host_stride, shape.inner.host_stride]
+            plan += [first_slab, slabs_per_layer, len(slabs)]
+            for d, h in slabs:
+                plan += [arrays.index(d.array), d.offset, h.offset, _staged_offset(h, spans)]
+    return CopyPlan(tuple(plan), tuple(arrays), max(staged_page_bytes))
 
 
-def _launches(
-    shape: _Shape, slabs: list[_Pair], spec: PageSpec, layer: int
-) -> Iterator[tuple[_Shape, int, int, list[_Pair]]]:
-    """Divides slabs among launches: yields `(shape, first slab, slabs per layer, slabs)`.
+_Launch = tuple[_Shape, int, int, list[_Pair]]
+"""`(shape, first slab, slabs per layer, slabs)`: the slabs of one launch, which copies those of the layer that the
+call's operand says, if it has them. Where the layers are known, the operand is 0 and the slabs are all one layer."""
 
-    A launch copies the slabs of the layer that the operand says, if it has them. Where the layer is known, the operand
-    is 0 and the slabs are all one layer.
-    """
-    if layer != TRACED_LAYER:
-        for first in range(0, len(slabs), _cpu.MAX_SLABS):
-            batch = slabs[first : first + _cpu.MAX_SLABS]
-            yield shape, 0, len(batch), batch
-        return
+
+def _launches(shape: _Shape, slabs: list[_Pair], _: PageSpec) -> Iterator[_Launch]:
+    for first in range(0, len(slabs), _cpu.MAX_SLABS):
+        batch = slabs[first : first + _cpu.MAX_SLABS]
+        yield shape, 0, len(batch), batch
+
+
+def _launches_of_a_traced_layer(shape: _Shape, slabs: list[_Pair], spec: PageSpec) -> Iterator[_Launch]:
     per_layer = {sum(d.slab.layer == at for d, _ in slabs) for at in spec.layers}
     if len(per_layer) > 1 or spec.layers != tuple(range(len(spec.layers))):
         raise ValueError("layer: a traced layer needs layers 0, 1, ... that are all alike; pass a Python int")

@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, DevicePool, Layout, PageSpec, Slab, _cpu
-from jax_kvpool.plan import ALL_LAYERS, TRACED_LAYER, copy_plan
+from jax_kvpool.plan import TRACED_LAYER, copy_plan
 
 # Every dtype of JAX of a byte and more.
 DTYPES = [
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32", "float64", "complex64", "complex128"),
 ]
+
+# Of all layers: in one stage, or in one for each.
+STAGES = {"all": lambda layers: (tuple(layers),), "each": lambda layers: tuple((layer,) for layer in layers)}
 
 PAIRS = {0: (5, 4), 1: (5, 4), 7: (11, 9), 1024: (1030, 1027)}
 
@@ -46,15 +49,14 @@ def check_layouts(spec, device_name, host_order, host_layout, num_pages, num_pai
     host = oracle.Pool(spec, host_order, num_pages[1], rng)
     device_pages, host_pages = ids(rng, num_pairs, num_pages[0]), ids(rng, num_pairs, num_pages[1])
     for layer, traced in layers:
-        plan, used = copy_plan(
-            spec, device_layout, num_pages[0], host_layout, num_pages[1], TRACED_LAYER if traced else layer
-        )
+        stages = STAGES[layer](spec.layers) if layer in STAGES else TRACED_LAYER if traced else ((layer,),)
+        plan, used, *_ = copy_plan(spec, device_layout, num_pages[0], host_layout, num_pages[1], stages)
         for is_load in (True, False):
             got = [b.copy() for b in device.buffers], host.buffers[0].copy()
             _cpu.copy_pages(
                 plan, is_load, got[1], [got[0][i] for i in used], device_pages, host_pages, layer if traced else 0
             )
-            which = spec.layers if layer == ALL_LAYERS else [layer]
+            which = spec.layers if layer in STAGES else [layer]
             if is_load:
                 oracle.copy(host, device, host_pages, device_pages, which)
             else:
@@ -75,7 +77,7 @@ def test_product(spec_name, device_name, host_name, page_size):
             host_layout.place(spec, 4), DevicePool.create(spec, 5, device_layout)
         return
     rng = np.random.default_rng(page_size)
-    layers = [(ALL_LAYERS, False), *((layer, False) for layer in spec.layers)]
+    layers = [("all", False), ("each", False), *((layer, False) for layer in spec.layers)]
     if spec_name != "unequal":
         layers += [(layer, True) for layer in spec.layers]
     for num_pairs, num_pages in PAIRS.items():
@@ -122,7 +124,7 @@ def test_any_order(spec, order, seed):
             at, place.offset + page * place.page_stride + token * place.token_stride + head * place.head_stride
         )
     device_name = rng.choice([n for n, o in oracle.DEVICE_ORDERS.items() if oracle.fits(spec, o)])
-    layers = [(ALL_LAYERS, False), (int(rng.choice(spec.layers)), False)]
+    layers = [("all", False), (int(rng.choice(spec.layers)), False)]
     check_layouts(spec, device_name, text, layout, (4, 3), 3, rng, layers)
 
 
@@ -133,14 +135,12 @@ def test_dtypes(device_name, host_name, dtype):
     spec = PageSpec.uniform(3, 2, {"k": ((2, 3), dtype), "v": ((2, 5), dtype)})
     if not oracle.fits(spec, oracle.DEVICE_ORDERS[device_name]):
         spec = PageSpec.uniform(3, 2, {"k": ((2, 3), dtype), "v": ((2, 3), dtype)})
-    check(
-        spec, device_name, host_name, (11, 9), 7, np.random.default_rng(0), [(ALL_LAYERS, False), (1, False), (0, True)]
-    )
+    check(spec, device_name, host_name, (11, 9), 7, np.random.default_rng(0), [("all", False), (1, False), (0, True)])
 
 
 def test_more_slabs_than_a_kernel_takes():
     spec = PageSpec.uniform(2, _cpu.MAX_SLABS // 2 + 3, {"k": ((2,), "int8"), "v": ((2,), "int8")})
-    layers = [(ALL_LAYERS, False), (0, True), (_cpu.MAX_SLABS // 2 + 2, True), (1, False)]
+    layers = [("all", False), (0, True), (_cpu.MAX_SLABS // 2 + 2, True), (1, False)]
     for device_name in ("per_layer", "stacked"):
         check(spec, device_name, "page_first", (5, 4), 4, np.random.default_rng(0), layers)
 
@@ -152,7 +152,7 @@ def test_a_traced_layer_out_of_range_copies_nothing():
         oracle.Pool(spec, "layer page token head", 3, rng),
         oracle.Pool(spec, oracle.HOST_ORDERS["page_first"], 3, rng),
     )
-    plan, _ = copy_plan(spec, DEVICE_LAYOUTS["stacked"], 3, HOST_LAYOUTS["page_first"], 3, TRACED_LAYER)
+    plan, *_ = copy_plan(spec, DEVICE_LAYOUTS["stacked"], 3, HOST_LAYOUTS["page_first"], 3, TRACED_LAYER)
     pages = np.arange(3, dtype=np.int32)
     for layer in (-1, 3, 2**31 - 1, -(2**31)):
         got = [b.copy() for b in device.buffers]
@@ -169,7 +169,7 @@ def test_a_traced_layer_of_unlike_layers_is_refused():
 
 def test_operands_that_the_plan_was_not_made_for():
     spec = oracle.SPECS["gqa"](2)
-    plan, _ = copy_plan(spec, DEVICE_LAYOUTS["stacked"], 3, HOST_LAYOUTS["page_first"], 2, ALL_LAYERS)
+    plan, *_ = copy_plan(spec, DEVICE_LAYOUTS["stacked"], 3, HOST_LAYOUTS["page_first"], 2, (spec.layers,))
     rng = np.random.default_rng(0)
     device, host = (
         oracle.Pool(spec, "layer page token head", 3, rng),
@@ -196,9 +196,9 @@ def test_beyond_4_gib():
     small[4096:] = 9
     pages = np.array([last], np.int32)
     # The device pool is the big one, then the host pool is.
-    plan, _ = copy_plan(spec, DEVICE_LAYOUTS["per_layer"], num_pages, HOST_LAYOUTS["page_first"], 2, ALL_LAYERS)
+    plan, *_ = copy_plan(spec, DEVICE_LAYOUTS["per_layer"], num_pages, HOST_LAYOUTS["page_first"], 2, ((0,),))
     _cpu.copy_pages(plan, False, small, [big], pages, np.zeros(1, np.int32), 0)
     assert (small[:4096] == 7).all() and (small[4096:] == 9).all()
-    plan, _ = copy_plan(spec, DEVICE_LAYOUTS["per_layer"], 2, HOST_LAYOUTS["page_first"], num_pages, ALL_LAYERS)
+    plan, *_ = copy_plan(spec, DEVICE_LAYOUTS["per_layer"], 2, HOST_LAYOUTS["page_first"], num_pages, ((0,),))
     _cpu.copy_pages(plan, False, big, [small], np.ones(1, np.int32), pages, 0)
     assert (big[last * 4096 :] == 9).all() and not big[:4096].any() and not big[(last - 1) * 4096 : last * 4096].any()

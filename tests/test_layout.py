@@ -9,7 +9,7 @@ import pytest
 
 from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, RECORD_ALIGNMENT, Layout, PageSpec, Slab, fingerprint
 from jax_kvpool.layout import Record
-from jax_kvpool.plan import ALL_LAYERS, copy_plan
+from jax_kvpool.plan import copy_plan
 
 LLAMA_8B = PageSpec.uniform(16, 32, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")})
 DEEPSEEK = PageSpec.uniform(64, 61, {"latent": ((576,), "bfloat16")})
@@ -54,10 +54,12 @@ def test_records_of_mla_in_sglang_layouts():
     ],
 )
 def test_longest_run(device, host, run_bytes):
-    plan, _ = copy_plan(LLAMA_8B, DEVICE_LAYOUTS[device], 4, HOST_LAYOUTS[host], 3, ALL_LAYERS)
+    plan, *_ = copy_plan(LLAMA_8B, DEVICE_LAYOUTS[device], 4, HOST_LAYOUTS[host], 3, (LLAMA_8B.layers,))
     num_arrays = plan[3]
-    assert plan[4 + num_arrays] == 1  # one shape
-    outer, inner, run = plan[5 + num_arrays : 8 + num_arrays]
+    num_stages, _, num_spans = plan[4 + num_arrays : 7 + num_arrays]
+    at = 7 + num_arrays + 4 * num_spans
+    assert num_stages == 1 and plan[at] == 1  # one shape
+    outer, inner, run = plan[at + 1 : at + 4]
     assert run == run_bytes and outer * inner * run == 16 * 8 * 128 * 2
 
 

@@ -1,0 +1,39 @@
+// Moves pages with the GPU's copy engine, which reaches the link's full speed and uses no SM: whole parts of records
+// between host memory and a staging buffer, and a short kernel between that and the layers. Page-first is what makes
+// the parts large. The addresses must be known when the copy is enqueued, so the host's page ids must lie where the
+// CPU can read them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "copy_plan.h"
+#include "side_streams.h"
+
+namespace kvpool {
+
+// A buffer of two halves: one is filled while the other is emptied. Serves the stages of a call, one after another.
+class Staging {
+ public:
+  Staging(char* data, int64_t bytes) : data_(data), half_bytes_(bytes / 2) {}
+
+  // Enqueues the copies of `stage`, which was read for this buffer: its kernels on `stream`, its records on `engine`.
+  // They are done when that is which comes last in the direction of the bytes: a load's on `stream`, a store's on
+  // `engine`. host_pages: readable now, not used afterwards.
+  cudaError_t Copy(const Stage& stage, char* host, const int32_t* host_pages, int64_t num_pairs,
+                   Direction direction, int64_t max_blocks, cudaStream_t stream, cudaStream_t engine,
+                   SideStreams& side);
+
+  // To be called behind the last stage, also after an error.
+  void GiveBackEvents(SideStreams& side) { side.GiveBack({empty_.begin(), empty_.end()}); }
+
+ private:
+  char* data_;
+  int64_t half_bytes_;
+  int64_t num_batches_ = 0;
+  std::vector<void*> empty_;  // an event for each half that was used
+};
+
+}  // namespace kvpool

@@ -1,0 +1,240 @@
+"""Running a model's layers while their pages travel: `run_layers`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from jax_kvpool._runtime import START_TARGET, WAIT_TARGET, register_targets
+from jax_kvpool.device_pool import DevicePool
+from jax_kvpool.host_pool import HostPool
+from jax_kvpool.layout import PageSpec
+from jax_kvpool.ops import (
+    DEFAULT_MAX_BLOCKS,
+    check_pools,
+    fenced,
+    in_flight,
+    is_on_host,
+    is_staging,
+    page_pairs,
+    scratch_bytes,
+    without_transformations,
+)
+from jax_kvpool.plan import Stages, copy_plan
+
+__all__ = ["run_layers"]
+
+X = TypeVar("X")
+
+_NO_PAIRS: Final = (np.zeros(0, np.int32), np.zeros(0, np.int32))
+_MIN_STAGE_BYTES: Final = 4 << 20  # 80 us of the link, against about 5 us for a launch and an event
+
+
+def run_layers(
+    block: Callable[[Any, X, Any], tuple[X, Any]],
+    x: X,
+    device: DevicePool,
+    host: HostPool,
+    *,
+    load: tuple[npt.ArrayLike, npt.ArrayLike] = _NO_PAIRS,
+    store: tuple[npt.ArrayLike, npt.ArrayLike] = _NO_PAIRS,
+    max_blocks: int = DEFAULT_MAX_BLOCKS,
+) -> tuple[X, DevicePool]:
+    """Runs `block` for every layer, while pages are stored and loaded beside it.
+
+    Means exactly
+
+        device = jax_kvpool.store(device, host, *store)
+        device = jax_kvpool.load(device, host, *load)
+        for l in device.spec.layers:
+            x, kv[l] = block(l, x, kv[l])
+
+    but on a GPU the copies run on streams of their own, a few layers at a time, and the block of a layer waits for what
+    it needs only. All has arrived when any output of the program is ready. On a CPU the copies come first.
+
+    Call it inside the jitted step, with `device` donated to the step and `host` a plain argument, as `load` and
+    `store`. With `host_pages` from `host_ids` the copy engine does most of the work, and disturbs the model least.
+
+    Args:
+      block: `(layer, x, kv) -> (x, kv)`, one layer of the model. It may write new tokens into `kv`, and returns it.
+        Where the pool keeps its layers apart, `layer` is an int, `block` is traced once for each, and `kv` is what
+        `device.arrays` has for that layer: `{"k": array, "v": array}` without the names that it lacks, or, if the
+        layout has a `kv` axis, one array. Where the layers are stacked in one array, `layer` is traced and `block` is
+        the body of a `lax.scan`; `kv` is `device.arrays` with all layers, of which `block` is to touch only `layer`.
+      x: what flows through the layers, a pytree of arrays whose shapes and dtypes `block` does not change. The copies
+        start when it is there.
+      device, host: the pools.
+      load, store: `(device_pages, host_pages)` of the pages to load and to store; ids as in `jax_kvpool.load`. The load
+        comes after the store: a page may be stored and then be the target of a load. By default none.
+      max_blocks: thread blocks of each of the two kernels that run beside the model, at most.
+
+    Returns:
+      `(x, device)`.
+
+    Raises, when tracing:
+      ValueError, TypeError: as `load`; also if `block` returns another structure, shape or dtype than it was given, if
+        the pool is loaded or stored inside `block`, or outside of jit.
+      JaxRuntimeError, from the running step: as `load`; also if XLA copied an array of the pool while pages travelled
+        to it, so that they would be lost.
+    """
+    load_pairs = page_pairs("load[0]", load[0], "load[1]", load[1])
+    store_pairs = page_pairs("store[0]", store[0], "store[1]", store[1])
+    check_pools(device, host, max_blocks)
+    if not is_staging():
+        raise ValueError("run_layers must be called inside jax.jit, where its copies and waits are one program")
+    is_stacked = "layer" in device.layout.order
+    num_pairs = max(load_pairs[0].size, store_pairs[0].size)
+    is_by_engine = is_on_host(load_pairs[1]) or is_on_host(store_pairs[1])
+    stages = _stages(device.spec, num_pairs, max(1, len(device.spec.layers) // (8 if is_by_engine else 16)))
+    plan = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages)
+    scratch = [scratch_bytes(plan, pairs[1]) or 0 for pairs in (load_pairs, store_pairs)]
+    arrays = device.flat_arrays()
+    # One wait for each stage, or in a scan for each layer.
+    wait_stages = [at for at, layers in enumerate(stages) for _ in (layers if is_stacked else [0])]
+    ids = (*load_pairs, *store_pairs)
+    attributes = {
+        "plan": np.array(plan.integers, np.int64),
+        "wait_stages": np.array(wait_stages, np.int64),
+        "load_scratch_bytes": np.int64(scratch[0]),
+        "store_scratch_bytes": np.int64(scratch[1]),
+        "max_blocks": np.int64(max_blocks),
+    }
+    x = jax.tree.map(jnp.asarray, x)
+    staging, token, arrays, x = _start(attributes, sum(scratch), arrays, x, host.array, ids)
+    run = _run_stacked if is_stacked else _run_apart
+    with in_flight(jax.tree.leaves(device.arrays)):
+        x, token, arrays = run(block, x, token, device, arrays, stages)
+    return _finish(x, token, device, arrays, (*ids, staging))
+
+
+def _stages(spec: PageSpec, num_pairs: int, max_layers: int) -> Stages:
+    """Divides the layers into stages: the first are one layer, for which everything waits; they grow to `max_layers`,
+    since the last is waited for with nothing left to travel meanwhile, or to `_MIN_STAGE_BYTES`."""
+    stages: list[list[int]] = []
+    size = num_bytes = 0
+    for layer in spec.layers:
+        if not stages or (len(stages[-1]) >= size and num_bytes >= _MIN_STAGE_BYTES):
+            stages.append([])
+            size, num_bytes = min(max_layers, 1 << (len(stages) // 2)), 0
+        stages[-1].append(layer)
+        num_bytes += num_pairs * sum(s.bytes_of(spec.page_size) for s in spec.slabs if s.layer == layer)
+    return tuple(map(tuple, stages))
+
+
+def _run_apart(
+    block: Any, x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], stages: Stages
+) -> tuple[Any, jax.Array, list[jax.Array]]:
+    """The layers one by one, each with arrays of its own; a wait for each stage."""
+    arrays = list(arrays)
+    keys = device.placement.array_keys
+    for stage in stages:
+        in_stage = [i for i, (layer, _) in enumerate(keys) if layer in stage]
+        token, waited = _wait(in_stage, token, x, [arrays[i] for i in in_stage])
+        for index, array in zip(in_stage, waited, strict=True):
+            arrays[index] = array
+        for layer in stage:
+            of_layer = {name: i for i, (at, name) in enumerate(keys) if at == layer}
+            kv = {name: arrays[i] for name, i in of_layer.items()}
+            x, kv = _checked(block, layer, x, kv.get(None, kv))
+            for name, i in of_layer.items():
+                arrays[i] = kv if name is None else kv[name]
+    return x, token, arrays
+
+
+def _run_stacked(
+    block: Any, x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], _: Stages
+) -> tuple[Any, jax.Array, list[jax.Array]]:
+    """A scan over the layers, with all arrays in the carry."""
+    everything = list(range(len(arrays)))
+
+    def body(carry: Any, layer: jax.Array) -> Any:
+        x, token, arrays = carry
+        token, arrays = _wait(everything, token, x, arrays)
+        x, kv = _checked(block, layer, x, device.with_flat_arrays(arrays).arrays)
+        return (x, token, device.with_arrays(kv).flat_arrays()), None
+
+    layers = jnp.arange(len(device.spec.layers), dtype=jnp.int32)
+    (x, token, arrays), _ = jax.lax.scan(body, (x, token, arrays), layers)
+    return x, token, arrays
+
+
+def _checked(block: Any, layer: Any, x: Any, kv: Any) -> tuple[Any, Any]:
+    """Calls the block. Raises unless what it returns is like what it was given."""
+    result = block(layer, x, kv)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"block: expected it to return (x, kv), got {type(result)}")
+    for name, given, returned in (("x", x, result[0]), ("kv", kv, result[1])):
+        expected, got = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), t) for t in (given, returned))
+        if jax.tree.structure(expected) != jax.tree.structure(got) or jax.tree.leaves(expected) != jax.tree.leaves(got):
+            raise ValueError(f"block: expected it to return {name} as it got it, {expected}, got {got}")
+    return result
+
+
+def _start(
+    attributes: dict[str, Any],
+    num_scratch_bytes: int,
+    arrays: list[jax.Array],
+    x: Any,
+    host: jax.Array,
+    ids: tuple[Any, ...],
+) -> tuple[jax.Array, jax.Array, list[jax.Array], Any]:
+    """Starts the copies; returns `(scratch, token, arrays, x)`. The arrays must not be used before `_wait`.
+
+    `x` goes through, so that XLA cannot compute with it first: 0.12 puts the start behind the first GEMM otherwise.
+    """
+    register_targets()
+    leaves, structure = jax.tree.flatten(x)
+    in_place = [*fenced(arrays), *leaves]
+    call = jax.ffi.ffi_call(
+        START_TARGET,
+        [
+            jax.ShapeDtypeStruct((num_scratch_bytes,), jnp.uint8),
+            jax.ShapeDtypeStruct((), jnp.int32),
+            *(jax.typeof(a) for a in in_place),
+        ],
+        input_output_aliases={5 + i: 2 + i for i in range(len(in_place))},
+    )
+    call = without_transformations(functools.partial(call, **attributes))
+    # Fenced, the token also gets the manual axes of the others, inside shard_map: it is in a scan's carry.
+    scratch, token, *started = fenced(list(call(host, *ids, *in_place)))
+    return scratch, token, started[: len(arrays)], jax.tree.unflatten(structure, started[len(arrays) :])
+
+
+def _wait(
+    indices: list[int],
+    token: jax.Array,
+    x: Any,
+    arrays: list[jax.Array],
+    alive: tuple[Any, ...] = (),
+    then: list[jax.Array] | None = None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Waits for the next layer, after `x`; returns `(token, arrays)`, or with `then`, `(token, [*arrays, *then])`.
+
+    `indices`: which of the start's arrays these are; none at the end. `alive`: what must not be freed before.
+    """
+    in_place = [*arrays, *(then or []), token]
+    before = [*alive, *(jax.tree.leaves(x) if then is None else [])]
+    call = jax.ffi.ffi_call(
+        WAIT_TARGET,
+        [jax.typeof(a) for a in in_place],
+        input_output_aliases={len(before) + i: i for i in range(len(in_place))},
+    )
+    call = without_transformations(functools.partial(call, arrays=np.array(indices, np.int64)))
+    *done, token = fenced(list(call(*before, *in_place)))
+    return token, done
+
+
+def _finish(
+    x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], alive: tuple[Any, ...]
+) -> tuple[Any, DevicePool]:
+    """The end. All results come out of one call, so that whoever uses one of them uses all waits, and `alive`, what the
+    copies read, is kept until here. (The arrays may be others by now: XLA may copy what has been waited for.)"""
+    leaves, structure = jax.tree.flatten(x)
+    _, done = _wait([], token, x, fenced(arrays), alive=alive, then=leaves)
+    return jax.tree.unflatten(structure, done[len(arrays) :]), device.with_flat_arrays(done[: len(arrays)])

@@ -1,0 +1,348 @@
+"""Copies beside a model: `run_layers` must mean what its docstring says, a store, a load, then the layers."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, ops, overlap, plan, run_layers, store
+
+LAYERS, DEVICE_PAGES, HOST_PAGES = 5, 9, 11
+SPECS = {
+    "gqa": PageSpec.uniform(4, LAYERS, {"k": ((2, 16), "int32"), "v": ((2, 16), "int32")}),
+    "mla": PageSpec.uniform(4, LAYERS, {"latent": ((36,), "int32")}),
+}
+DEVICE_LAYOUTS = [*oracle.DEVICE_ORDERS, "layer kv page token head", "layer head page token"]
+
+
+def layout_of(name):
+    return name if " " not in name else Layout.parse(name)
+
+
+def random_pools(spec, layout, device, rng, host_layout="page_first"):
+    pool = DevicePool.create(spec, DEVICE_PAGES, layout_of(layout), device=device)
+    content = [rng.integers(-99, 99, a.shape).astype(np.int32) for a in pool.flat_arrays()]
+    host = HostPool.create(spec, HOST_PAGES, host_layout, device=device)
+    for page in range(HOST_PAGES):
+        for slab in host.view(page, writable=True).values():
+            slab[...] = rng.integers(-99, 99, slab.shape)
+    return pool.with_flat_arrays([jax.device_put(a, device) for a in content]), content, host
+
+
+def block_over(pool):
+    """A block that reads every byte of its layer into x and then writes some of them, in any layout of the device."""
+    has_layer = "layer" in pool.layout.order
+
+    def block(layer, x, kv):
+        def of_layer(a):
+            return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) if has_layer else a
+
+        for array in jax.tree.leaves(kv):
+            part = of_layer(array).reshape(-1)
+            x = x * 3 + jnp.sum(part * (1 + jnp.arange(part.size, dtype=jnp.int32) % 7))
+        at = (layer,) if has_layer else ()
+        return x, jax.tree.map(lambda a: a.at[(*at, ..., 1)].add(x), kv)
+
+    return block
+
+
+def in_order(block, x, device, host, load_pairs, store_pairs):
+    """What the docstring says."""
+    device = store(device, host, *store_pairs)
+    device = load(device, host, *load_pairs)
+    if "layer" in device.layout.order:
+        for layer in device.spec.layers:
+            x, kv = block(jnp.int32(layer), x, device.arrays)
+            device = device.with_arrays(kv)
+        return x, device
+    keys, arrays = device.placement.array_keys, device.flat_arrays()
+    for layer in device.spec.layers:
+        of_layer = {name: i for i, (at, name) in enumerate(keys) if at == layer}
+        kv = {name: arrays[i] for name, i in of_layer.items()}
+        x, kv = block(layer, x, kv.get(None, kv))
+        for name, i in of_layer.items():
+            arrays[i] = kv if name is None else kv[name]
+    return x, device.with_flat_arrays(arrays)
+
+
+def check(spec, layout, device, seed, on_host=False, host_layout="page_first", steps=2):
+    """Compares whole pools and x after some steps with random pairs."""
+    rng = np.random.default_rng(seed)
+    pool, content, host = random_pools(spec, layout, device, rng, host_layout)
+    twin = DevicePool.create(spec, DEVICE_PAGES, layout_of(layout), device=device)
+    twin = twin.with_flat_arrays([jax.device_put(a.copy(), device) for a in content])
+    twin_host = HostPool.create(spec, HOST_PAGES, host_layout, device=device)
+    twin_host.memories[0].view(writable=True)[:] = host.memories[0].view()
+    block = block_over(pool)
+    step = jax.jit(
+        lambda x, d, h, lp, sp: run_layers(block, x, d, h, load=lp, store=sp), donate_argnums=1, static_argnums=()
+    )
+    expected = jax.jit(functools.partial(in_order, block), donate_argnums=1)
+    x = want = jax.device_put(np.int32(1), device)
+    for _ in range(steps):
+        pairs = []
+        for _ in range(2):
+            device_pages = rng.permutation(DEVICE_PAGES)[:6].astype(np.int32)
+            host_pages = rng.permutation(HOST_PAGES)[:6].astype(np.int32)
+            host_pages[rng.integers(6)] = rng.choice([-1, HOST_PAGES])
+            pairs.append((device_pages, host_pages))
+        given = [(d, host_ids(h, device=device) if on_host else jax.device_put(h, device)) for d, h in pairs]
+        x, pool = step(x, pool, host, *given)
+        want, twin = expected(want, twin, twin_host, *pairs)
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(want))
+    for got, wanted in zip(pool.flat_arrays(), twin.flat_arrays(), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
+    np.testing.assert_array_equal(host.memories[0].view(), twin_host.memories[0].view())
+
+
+@pytest.fixture
+def small_stages(monkeypatch):
+    """Stages, spans and halves of staging so small that little pools have several of each."""
+    monkeypatch.setattr(overlap, "_MIN_STAGE_BYTES", 1)
+    monkeypatch.setattr(ops, "_HALF_BYTES", 4096)
+    monkeypatch.setattr(plan, "MIN_SPAN_BYTES", 1)
+    plan.copy_plan.cache_clear()
+    yield
+    plan.copy_plan.cache_clear()
+
+
+@pytest.mark.usefixtures("small_stages")
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("layout", DEVICE_LAYOUTS)
+@pytest.mark.parametrize("spec_name", SPECS)
+def test_means_store_load_layers(device, spec_name, layout, on_host):
+    check(SPECS[spec_name], layout, device, 0, on_host)
+
+
+@pytest.mark.usefixtures("small_stages")
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("host_layout", oracle.HOST_ORDERS)
+def test_host_layouts(device, host_layout, on_host):
+    check(SPECS["gqa"], "per_layer", device, 1, on_host, host_layout)
+
+
+def test_with_the_sizes_of_real_pools(device):
+    """The stages and halves that users get: some layers a stage, some pages a half, the first layers by kernel."""
+    check(PageSpec.uniform(16, 16, {"k": ((4, 64), "int32"), "v": ((4, 64), "int32")}), "per_layer", device, 2, True)
+
+
+def test_layers_that_differ(device):
+    spec = oracle.SPECS["unequal"](4)
+    pool = DevicePool.create(spec, DEVICE_PAGES, device=device)
+    host = HostPool.create(spec, HOST_PAGES, device=device)
+    for page in range(HOST_PAGES):
+        for (name, layer), slab in host.view(page, writable=True).items():
+            slab[...] = page + layer + (name == "v")
+    seen = []
+
+    def block(layer, x, kv):
+        seen.append((layer, sorted(kv)))
+        return x + sum(a[2].astype(jnp.float32).mean() for a in kv.values()), kv
+
+    ids = np.array([2], np.int32), np.array([7], np.int32)
+    step = jax.jit(lambda x, d, h: run_layers(block, x, d, h, load=ids), donate_argnums=1)
+    x, pool = step(jnp.float32(0), pool, host)
+    assert seen == [(0, ["k", "v"]), (1, ["k", "v"]), (2, ["latent"])]
+    assert float(x) == (7 + 8) + (8 + 9) + 9
+
+
+def test_nothing_to_copy(device):
+    rng = np.random.default_rng(0)
+    pool, content, host = random_pools(SPECS["gqa"], "per_layer", device, rng)
+    x, pool = jax.jit(lambda x, d, h: run_layers(lambda _, x, kv: (x + 1, kv), x, d, h), donate_argnums=1)(
+        jnp.int32(0), pool, host
+    )
+    assert int(x) == LAYERS
+    for got, want in zip(pool.flat_arrays(), content, strict=True):
+        np.testing.assert_array_equal(np.asarray(got), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="no GPU")
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+def test_arrays_stay_where_they_are(layout):
+    """(XLA's CPU compiler copies an array that a block reads and then writes.)"""
+    pool, _, host = random_pools(SPECS["gqa"], layout, jax.devices("gpu")[0], np.random.default_rng(0))
+    ids = np.array([2], np.int32), np.array([7], np.int32)
+    step = jax.jit(lambda x, d, h: run_layers(block_over(d), x, d, h, load=ids, store=ids), donate_argnums=1)
+    before = [a.unsafe_buffer_pointer() for a in pool.flat_arrays()]
+    _, pool = step(jnp.int32(0), pool, host)
+    assert [a.unsafe_buffer_pointer() for a in pool.flat_arrays()] == before
+
+
+@pytest.mark.parametrize("num_shards", [2, 8])
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+def test_inside_shard_map(num_shards, layout):
+    """Several devices' handlers at once, 30 steps without a wait between them."""
+    mesh = Mesh(np.array(jax.devices("cpu")[:num_shards]), ("tp",))
+    axes = (None, None, None, "tp") if layout == "stacked" else (None, None, "tp")
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    spec = PageSpec.uniform(4, LAYERS, {"k": ((2, 16), "int32")})
+    pool = DevicePool.create(spec, DEVICE_PAGES, layout, device=sharding)
+    host = HostPool.create(spec, HOST_PAGES, device=mesh)
+    for shard in range(num_shards):
+        for page in range(HOST_PAGES):
+            for (_, layer), slab in host.view(page, shard=shard, writable=True).items():
+                slab[...] = 100 * page + 10 * layer + shard
+
+    def step(x, device, host, device_pages, host_pages):
+        # Poison; what is not loaded in time is seen.
+        device = device.with_arrays(jax.tree.map(lambda a: a.at[...].set(-1), device.arrays))
+
+        def block(layer, x, kv):
+            array = kv["k"][layer] if layout == "stacked" else kv["k"]
+            want = 100 * host_pages + 10 * layer + jax.lax.axis_index("tp")
+            return x + jnp.sum(array[device_pages] != want[:, None, None, None]), kv
+
+        return run_layers(block, x, device, host, load=(device_pages, host_pages))
+
+    specs = jax.tree.map(lambda a: a.sharding.spec, (pool, host))
+    ids, of_shards = PartitionSpec(), PartitionSpec("tp")
+    run = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(of_shards, *specs, ids, ids), out_specs=(of_shards, specs[0])),
+        donate_argnums=1,
+    )
+    rng = np.random.default_rng(0)
+    x = jax.device_put(np.zeros(num_shards, np.int32), NamedSharding(mesh, of_shards))
+    for _ in range(30):
+        device_pages, host_pages = (rng.permutation(n)[:5].astype(np.int32) for n in (DEVICE_PAGES, HOST_PAGES))
+        x, pool = run(x, pool, host, device_pages, host_pages)
+    assert not np.asarray(x).any()
+
+
+# ---- Is everything waited for? ----
+
+
+def poisoned_steps(device, layout, on_host, num_steps):
+    """Runs steps that poison all pages, load random ones with a few MB a layer, and count what is not right when a block
+    reads it; no wait between the steps. Returns the count."""
+    spec = PageSpec.uniform(64, 8, {"k": ((8, 128), "int16"), "v": ((8, 128), "int16")})
+    num_pages = 24
+    pool = DevicePool.create(spec, num_pages, layout, device=device)
+    host = HostPool.create(spec, num_pages, device=device)
+    for page in range(num_pages):
+        for (name, layer), slab in host.view(page, writable=True).items():
+            slab[...] = 1000 * page + 10 * layer + (name == "v")
+
+    def block(host_pages, device_pages, layer, x, kv):
+        for name, array in kv.items():
+            of_layer = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) if layout == "stacked" else array
+            want = (1000 * host_pages + 10 * layer + (name == "v")).astype(jnp.int16)
+            x = x + jnp.sum(of_layer[device_pages] != want[:, None, None, None])
+        # What attention would write while other layers are still under way: into pages of its own.
+        at = (layer, num_pages - 1) if layout == "stacked" else (num_pages - 1,)
+        return x, {name: array.at[at].set(x.astype(jnp.int16)) for name, array in kv.items()}
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(x, pool, host, device_pages, host_pages, expected):
+        pool = pool.with_arrays(jax.tree.map(lambda a: a.at[...].set(-1), pool.arrays))
+        return run_layers(
+            functools.partial(block, expected, device_pages), x, pool, host, load=(device_pages, host_pages)
+        )
+
+    rng = np.random.default_rng(0)
+    x = jax.device_put(np.int32(0), device)
+    for _ in range(num_steps):
+        device_pages = rng.permutation(num_pages - 1)[:16].astype(np.int32)
+        host_pages = rng.permutation(num_pages)[:16].astype(np.int32)
+        given = host_ids(host_pages, device=device) if on_host else host_pages
+        x, pool = step(x, pool, host, device_pages, given, host_pages)
+    jax.block_until_ready((x, pool))
+    time.sleep(0.2)  # a mutant may still be copying into these arrays
+    return int(x)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+def test_poisoned_steps(device, layout, on_host):
+    assert poisoned_steps(device, layout, on_host, 1000 if device.platform == "gpu" else 3) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="no GPU")
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+def test_a_left_out_wait_is_seen(monkeypatch, layout, on_host):
+    """The mutant: blocks do not wait, only the end of the step does."""
+    real = overlap._wait
+
+    def mutant(indices, token, x, arrays, alive=(), then=None):
+        if then is None:
+            return token, arrays
+        return real(indices, token, x, arrays, alive, then)
+
+    monkeypatch.setattr(overlap, "_wait", mutant)
+    assert poisoned_steps(jax.devices("gpu")[0], layout, on_host, 3) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="no GPU")
+def test_a_wait_for_another_array_is_refused(monkeypatch):
+    """As if XLA had copied an array while pages travelled to it."""
+    gpu = jax.devices("gpu")[0]
+    pool, _, host = random_pools(SPECS["gqa"], "per_layer", gpu, np.random.default_rng(0))
+    ids = np.array([2], np.int32), np.array([7], np.int32)
+    real = overlap._start
+
+    def copying(*args):
+        scratch, token, arrays, x = real(*args)
+        return scratch, token, [a + 1 for a in arrays], x
+
+    monkeypatch.setattr(overlap, "_start", copying)
+    step = jax.jit(lambda x, d, h: run_layers(block_over(d), x, d, h, load=ids))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another array than it is loaded into|updated in place"):
+        jax.block_until_ready(step(jnp.int32(0), pool, host))
+
+
+# ---- What tracing refuses ----
+
+
+def refused(match, block=None, pool=None, error=ValueError, **pairs):
+    pool = pool or DevicePool.create(SPECS["gqa"], DEVICE_PAGES)
+    host = HostPool.create(SPECS["gqa"], HOST_PAGES)
+    with pytest.raises(error, match=match):
+        jax.jit(lambda x, d, h: run_layers(block or block_over(d), x, d, h, **pairs))(jnp.int32(0), pool, host)
+
+
+def test_refusals():
+    ids = np.zeros(2, np.int32)
+    refused(r"store\[1\]: expected 2 ids, as store\[0\] has, got 1", store=(ids, ids[:1]))
+    refused(r"load\[0\]: expected int32", error=TypeError, load=(ids.astype(np.int64), ids))
+    refused("expected it to return x as it got it", block=lambda layer, x, kv: (x.astype(jnp.float32), kv))
+    refused("expected it to return kv as it got it", block=lambda layer, x, kv: (x, {"k": kv["k"]}))
+    refused(r"expected it to return \(x, kv\)", error=TypeError, block=lambda layer, x, kv: x)
+    other = DevicePool.create(SPECS["mla"], DEVICE_PAGES)
+    refused("PageSpec differs", pool=other)
+
+
+def test_a_pool_in_use_is_refused():
+    pool = DevicePool.create(SPECS["gqa"], DEVICE_PAGES)
+    host = HostPool.create(SPECS["gqa"], HOST_PAGES)
+    ids = np.zeros(1, np.int32)
+
+    def step(op, x, pool, host):
+        def block(layer, x, kv):
+            op(pool, host)
+            return x, kv
+
+        return run_layers(block, x, pool, host, load=(ids, ids))
+
+    for op in (
+        lambda pool, host: load(pool, host, ids, ids),
+        lambda pool, host: store(pool, host, ids, ids),
+        lambda pool, host: run_layers(lambda _, x, kv: (x, kv), jnp.int32(0), pool, host),
+    ):
+        with pytest.raises(ValueError, match="travelling"):
+            jax.jit(functools.partial(step, op))(jnp.int32(0), pool, host)
+
+
+def test_outside_of_jit_it_is_refused():
+    pool = DevicePool.create(SPECS["gqa"], DEVICE_PAGES)
+    host = HostPool.create(SPECS["gqa"], HOST_PAGES)
+    with pytest.raises(ValueError, match=r"inside jax\.jit"):
+        run_layers(lambda _, x, kv: (x, kv), jnp.int32(0), pool, host)
