@@ -34,9 +34,9 @@ class Driver:
         if error := getattr(self._cuda, name)(*arguments):
             raise RuntimeError(f"{name}: CUresult {error}")
 
-    def roof_seconds(self, is_load):
-        """Seconds that one contiguous copy of num_bytes takes on the GPU's clock."""
-        host, size = ctypes.c_void_p(self._memory.address), ctypes.c_size_t(self.num_bytes)
+    def roof_seconds(self, is_load, num_bytes=None):
+        """Seconds that one contiguous copy of num_bytes, at most self.num_bytes, takes on the GPU's clock."""
+        host, size = ctypes.c_void_p(self._memory.address), ctypes.c_size_t(num_bytes or self.num_bytes)
         self._call("cuEventRecord", self._events[0], None)
         if is_load:
             self._call("cuMemcpyHtoDAsync_v2", self._target, host, size, None)

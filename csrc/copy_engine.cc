@@ -48,18 +48,15 @@ cudaError_t MoveRecords(const Stage& stage, char* host, const int32_t* host_page
 
 }  // namespace
 
-cudaError_t Staging::Copy(const Stage& stage, char* host, const int32_t* host_pages, int64_t num_pairs,
-                          Direction direction, int64_t max_blocks, cudaStream_t stream, cudaStream_t engine,
+cudaError_t Staging::Copy(const Stage& stage, char* host, const ReadableIds& ids, Direction direction, int64_t max_blocks, cudaStream_t stream, cudaStream_t engine,
                           SideStreams& side) {
   const int64_t max_pages = half_bytes_ / stage.staged_page_bytes;
   if (max_pages == 0) return cudaErrorInvalidValue;
-  const int32_t num_host_pages = stage.copies[0].num_host_pages;
-  const auto is_valid = [&](int64_t pair) {
-    return host_pages[pair] >= 0 && host_pages[pair] < num_host_pages;
-  };
+  const auto num_pairs = static_cast<int64_t>(ids.host_pages.size());
+  const auto is_valid = [&](int64_t pair) { return ids.Contains(stage.copies[0], pair); };
   const bool is_load = direction == Direction::kLoad;
   const auto move_records = [&](int64_t begin, int64_t end, char* half) {
-    return MoveRecords(stage, host, host_pages + begin, end - begin, direction, half, engine);
+    return MoveRecords(stage, host, ids.host_pages.data() + begin, end - begin, direction, half, engine);
   };
   const auto launch = [&](int64_t begin, int64_t end, char* half) {
     for (PageCopy copy : stage.copies) {

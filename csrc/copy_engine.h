@@ -14,6 +14,16 @@
 
 namespace kvpool {
 
+// Page ids that the CPU can read, as they were when the call was made.
+struct ReadableIds {
+  std::vector<int32_t> host_pages;
+  std::vector<int32_t> device_pages;  // none: only the device knows them. A store must know which it is to skip
+
+  bool Contains(const PageCopy& copy, size_t pair) const {
+    return copy.Contains(device_pages.empty() ? 0 : device_pages[pair], host_pages[pair]);
+  }
+};
+
 // A buffer of two halves: one is filled while the other is emptied. Serves the stages of a call, one after another.
 class Staging {
  public:
@@ -21,9 +31,8 @@ class Staging {
 
   // Enqueues the copies of `stage`, which was read for this buffer: its kernels on `stream`, its records on `engine`.
   // They are done when that is which comes last in the direction of the bytes: a load's on `stream`, a store's on
-  // `engine`. host_pages: readable now, not used afterwards.
-  cudaError_t Copy(const Stage& stage, char* host, const int32_t* host_pages, int64_t num_pairs,
-                   Direction direction, int64_t max_blocks, cudaStream_t stream, cudaStream_t engine,
+  // `engine`.
+  cudaError_t Copy(const Stage& stage, char* host, const ReadableIds& ids, Direction direction, int64_t max_blocks, cudaStream_t stream, cudaStream_t engine,
                    SideStreams& side);
 
   // To be called behind the last stage, also after an error.

@@ -41,13 +41,13 @@ auto BindCopy(Binding binding) {
       .template Attr<int64_t>("max_blocks");
 }
 
-// As BindCopy, for host_pages in host memory: they may be read when the call is made.
+// As BindCopy, for page ids in host memory, which may be read when the call is made.
 template <typename Binding>
 auto BindCopyByEngine(Binding binding) {
   return std::move(binding)
       .template Arg<HostArray>()
       .template Arg<PageIds>()  // device_pages
-      .template Arg<PageIds>()  // host_pages, in host memory
+      .template Arg<PageIds>()  // host_pages
       .RemainingArgs()          // the arrays of the device pool
       .template Ret<Scratch>()
       .RemainingRets()  // the same arrays
@@ -68,7 +68,8 @@ auto BindStart(Binding binding) {
       .template Ret<Scratch>()
       .template Ret<Scalar>()  // a token that the waits pass on, so that they keep their order and are all done or none
       .RemainingRets()         // the same arrays
-      .template Attr<Integers>("plan")
+      .template Attr<Integers>("load_plan")
+      .template Attr<Integers>("store_plan")  // of the same stages
       .template Attr<Integers>("wait_stages")  // the last stage that each wait waits for
       .template Attr<int64_t>("load_scratch_bytes")   // what of the scratch is for the load and for the store; 0 if
       .template Attr<int64_t>("store_scratch_bytes")  // their ids are in device memory

@@ -33,17 +33,17 @@ ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pa
 // Copies at once.
 ffi::Error StartCpu(HostArray host, PageIds load_device_pages, PageIds load_host_pages, PageIds store_device_pages,
                     PageIds store_host_pages, ffi::RemainingArgs arrays, ffi::Result<Scratch> /*scratch*/,
-                    ffi::Result<Scalar> token, ffi::RemainingRets results, Integers plan, Integers /*wait_stages*/,
+                    ffi::Result<Scalar> token, ffi::RemainingRets results, Integers load_plan, Integers store_plan, Integers /*wait_stages*/,
                     int64_t /*load_scratch_bytes*/, int64_t /*store_scratch_bytes*/, int64_t /*max_blocks*/) {
   auto stored =
-      CheckOperands(GetLiveMemory(), host, store_device_pages, store_host_pages, nullptr, arrays, results, plan);
+      CheckOperands(GetLiveMemory(), host, store_device_pages, store_host_pages, nullptr, arrays, results, store_plan);
   if (stored.has_error()) return stored.error();
   auto loaded =
-      CheckOperands(GetLiveMemory(), host, load_device_pages, load_host_pages, nullptr, arrays, results, plan);
+      CheckOperands(GetLiveMemory(), host, load_device_pages, load_host_pages, nullptr, arrays, results, load_plan);
   if (loaded.has_error()) return loaded.error();
   *token->typed_data() = 0;
-  if (auto error = CopyNow(*stored, Direction::kStore, plan); error.failure()) return error;
-  return CopyNow(*loaded, Direction::kLoad, plan);
+  if (auto error = CopyNow(*stored, Direction::kStore, store_plan); error.failure()) return error;
+  return CopyNow(*loaded, Direction::kLoad, load_plan);
 }
 
 ffi::Error WaitCpu(ffi::RemainingArgs operands, ffi::RemainingRets results, Integers /*arrays*/) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <tuple>
 
 #include "copy_cuda.h"
 #include "copy_engine.h"
@@ -47,7 +48,7 @@ cudaError_t LaunchAll(const Stage& stage, Direction direction, int64_t max_block
 // One direction of a call: its pairs, and how they are moved.
 class Transfer {
  public:
-  // `scratch`: of device memory, for staging and behind it the ids; none if host_pages are in device memory.
+  // `scratch`: of device memory, for staging and behind it the ids; none if all ids are in device memory.
   Transfer(Direction direction, CopyOperands operands, Bytes scratch, int64_t max_blocks)
       : direction_(direction), operands_(std::move(operands)), scratch_(scratch), max_blocks_(max_blocks) {}
 
@@ -55,27 +56,27 @@ class Transfer {
   const std::vector<Bytes>& arrays() const { return operands_.arrays; }
   size_t num_stages() const { return stages_.size(); }
 
-  // Decides who moves the pages. The copy engine moves those stages that have spans, if it may read the ids: they are
-  // in our own memory, where nobody writes them any more.
+  // Decides who moves the pages: the copy engine those stages that have spans, if the CPU can read the ids it needs.
   std::optional<std::string> Read(Integers plan, cudaStream_t stream) {
     const int64_t ids_bytes = operands_.num_pairs * static_cast<int64_t>(sizeof(int32_t));
-    const int64_t staging_bytes = scratch_.bytes - ids_bytes;
-    if (staging_bytes < 0 || !live_memory->Covers(operands_.host_pages, ids_bytes)) {
-      return ReadPlan(AsSpan(plan), operands_, stages_);
+    const int64_t staging_bytes = scratch_.bytes - 2 * ids_bytes;
+    if (staging_bytes < 0) return ReadPlan(AsSpan(plan), operands_, stages_);
+    char* copies = scratch_.data + staging_bytes;
+    for (const auto [pages, readable, copy] : {std::tuple(&operands_.host_pages, &ids_.host_pages, copies),
+                                               std::tuple(&operands_.device_pages, &ids_.device_pages, copies + ids_bytes)}) {
+      // Only in our own memory: ids elsewhere may still be written by somebody.
+      if (!live_memory->Covers(*pages, ids_bytes)) continue;
+      // A kernel reads ids later, when their memory may be in use again, so it gets a copy. From memory that CUDA has
+      // not pinned, that is made before the call returns.
+      readable->assign(*pages, *pages + operands_.num_pairs);
+      const cudaError_t error = cudaMemcpyAsync(copy, readable->data(), ids_bytes, cudaMemcpyHostToDevice, stream);
+      if (error != cudaSuccess) return std::string("copying page ids: ") + cudaGetErrorString(error);
+      *pages = reinterpret_cast<const int32_t*>(copy);
     }
-    // A kernel reads the ids later, when their memory may be in use again, so it gets a copy. From memory that CUDA has
-    // not pinned, that is made before the call returns.
-    readable_ids_.assign(operands_.host_pages, operands_.host_pages + operands_.num_pairs);
-    operands_.host_pages = reinterpret_cast<const int32_t*>(scratch_.data + staging_bytes);
-    if (const auto error = ReadPlan(AsSpan(plan), operands_, stages_, scratch_.data)) return error;
-    staging_.emplace(scratch_.data, staging_bytes);
-    if (std::all_of(stages_.begin(), stages_.end(), [](const Stage& stage) { return !stage.spans.empty(); })) {
-      return std::nullopt;
+    if (!ids_.host_pages.empty() && (direction_ == Direction::kLoad || !ids_.device_pages.empty())) {
+      staging_.emplace(scratch_.data, staging_bytes);
     }
-    const cudaError_t error = cudaMemcpyAsync(scratch_.data + staging_bytes, readable_ids_.data(), ids_bytes,
-                                              cudaMemcpyHostToDevice, stream);
-    if (error == cudaSuccess) return std::nullopt;
-    return std::string("copying page ids: ") + cudaGetErrorString(error);
+    return ReadPlan(AsSpan(plan), operands_, stages_, staging_ ? scratch_.data : nullptr);
   }
 
   // Returns in `last` the stream on which the stage is done.
@@ -87,8 +88,7 @@ class Transfer {
     }
     const cudaStream_t engine = is_load ? side.load_engine() : side.store_engine();
     if (!is_load) last = engine;
-    return staging_->Copy(stages_[stage], operands_.host.data, readable_ids_.data(), operands_.num_pairs, direction_,
-                          max_blocks_, stream, engine, side);
+    return staging_->Copy(stages_[stage], operands_.host.data, ids_, direction_, max_blocks_, stream, engine, side);
   }
 
   void GiveBackEvents(SideStreams& side) {
@@ -101,8 +101,8 @@ class Transfer {
   Bytes scratch_;
   int64_t max_blocks_;
   std::vector<Stage> stages_;
-  std::vector<int32_t> readable_ids_;
-  std::optional<Staging> staging_;  // if the CPU can read the ids
+  ReadableIds ids_;
+  std::optional<Staging> staging_;  // if the copy engine has a part in it
 };
 
 template <Direction direction>
@@ -168,12 +168,12 @@ cudaError_t EnqueueStages(Transfer& store, Transfer& load, cudaStream_t stream, 
 ffi::Error StartCuda(cudaStream_t stream, HostArray host, PageIds load_device_pages, PageIds load_host_pages,
                      PageIds store_device_pages, PageIds store_host_pages, ffi::RemainingArgs arrays,
                      ffi::Result<Scratch> scratch, ffi::Result<Scalar> /*token*/, ffi::RemainingRets results,
-                     Integers plan, Integers wait_stages, int64_t load_scratch_bytes, int64_t store_scratch_bytes,
+                     Integers load_plan, Integers store_plan, Integers wait_stages, int64_t load_scratch_bytes, int64_t store_scratch_bytes,
                      int64_t max_blocks) {
   auto stored =
-      CheckOperands(*live_memory, host, store_device_pages, store_host_pages, nullptr, arrays, results, plan);
+      CheckOperands(*live_memory, host, store_device_pages, store_host_pages, nullptr, arrays, results, store_plan);
   if (stored.has_error()) return stored.error();
-  auto loaded = CheckOperands(*live_memory, host, load_device_pages, load_host_pages, nullptr, arrays, results, plan);
+  auto loaded = CheckOperands(*live_memory, host, load_device_pages, load_host_pages, nullptr, arrays, results, load_plan);
   if (loaded.has_error()) return loaded.error();
   SideStreams* side = nullptr;
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
@@ -181,9 +181,9 @@ ffi::Error StartCuda(cudaStream_t stream, HostArray host, PageIds load_device_pa
   if (load_scratch_bytes + store_scratch_bytes > bytes) return FailedPrecondition("the scratch is too small");
   Transfer load(Direction::kLoad, *std::move(loaded), {data, load_scratch_bytes}, max_blocks);
   Transfer store(Direction::kStore, *std::move(stored), {data + load_scratch_bytes, store_scratch_bytes}, max_blocks);
-  for (Transfer* transfer : {&load, &store}) {
-    if (const auto error = transfer->Read(plan, stream)) return FailedPrecondition(*error);
-  }
+  if (const auto error = load.Read(load_plan, stream)) return FailedPrecondition(*error);
+  if (const auto error = store.Read(store_plan, stream)) return FailedPrecondition(*error);
+  if (load.num_stages() != store.num_stages()) return FailedPrecondition("plans of different stages");
 
   auto flight = std::make_shared<Flight>();
   flight->num_stages = load.num_stages();

@@ -35,6 +35,8 @@ contiguous cudaMemcpyAsync, stores 0.93 to 0.95. 16 blocks move the same, 2 bloc
 (benchmarks/transfer.py; csrc/copy_cuda.cu)."""
 
 _BY_ENGINE: Final = {LOAD_TARGET: LOAD_BY_ENGINE_TARGET, STORE_TARGET: STORE_BY_ENGINE_TARGET}
+_MIN_LOAD_SPAN_BYTES: Final = 64 << 10
+_MIN_STORE_SPAN_BYTES: Final = 512 << 10
 _HALF_BYTES: Final = 16 << 20
 
 
@@ -106,13 +108,14 @@ def _copy(
     check_pools(device, host, max_blocks)
     arrays = device.flat_arrays()
     stages, traced_layer = _layer(layer, device)
-    plan = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages)
+    min_span = min_span_bytes(target == LOAD_TARGET, device_pages, host_pages)
+    plan = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages, min_span)
     operands = [arrays[i] for i in plan.arrays]
     others = [device_pages, host_pages, traced_layer]
-    scratch = scratch_bytes(plan, host_pages)
+    scratch = scratch_bytes(plan, device_pages, host_pages)
     if scratch is not None:
         if stages == TRACED_LAYER:
-            raise ValueError("layer: the copy engine cannot follow a traced layer; pass host_pages in device memory")
+            raise ValueError("layer: a traced layer needs page ids in device memory, not those of host_ids")
         target, others = _BY_ENGINE[target], [device_pages, host_pages]
     changed = _call(target, plan.integers, max_blocks, scratch, operands, host.array, *others)
     for index, array in zip(plan.arrays, changed, strict=True):
@@ -149,13 +152,21 @@ def is_on_host(pages: Any) -> bool:
     return isinstance(pages, jax.Array) and jax.typeof(pages).memory_space == jax.memory.Space.Host
 
 
-def scratch_bytes(plan: CopyPlan, host_pages: Any) -> int | None:
+def min_span_bytes(is_load: bool, device_pages: Any, host_pages: Any) -> int | None:
+    """What the copy engine must at least move at once to be used; None if these ids rule it out: it needs the host's,
+    and for a store also the device's, to know which pairs it is to skip."""
+    if not is_on_host(host_pages) or not (is_load or is_on_host(device_pages)):
+        return None
+    return _MIN_LOAD_SPAN_BYTES if is_load else _MIN_STORE_SPAN_BYTES
+
+
+def scratch_bytes(plan: CopyPlan, device_pages: Any, host_pages: Any) -> int | None:
     """Device memory for a call with these ids: two halves of staging, if the copy engine has something to do, and the
-    ids. None if they are in device memory."""
-    if not is_on_host(host_pages):
+    ids. None if they are all in device memory."""
+    if not (is_on_host(device_pages) or is_on_host(host_pages)):
         return None
     pages = min(max(_HALF_BYTES // max(plan.staged_page_bytes, 1), 1), host_pages.size)
-    return 2 * pages * plan.staged_page_bytes + 4 * host_pages.size
+    return 2 * pages * plan.staged_page_bytes + 2 * 4 * host_pages.size
 
 
 def fenced(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -230,8 +241,6 @@ def page_pairs(
     device_pages, host_pages = _page_ids(device_name, device_page_ids), _page_ids(host_name, host_page_ids)
     if device_pages.shape != host_pages.shape:
         raise ValueError(f"{host_name}: expected {device_pages.size} ids, as {device_name} has, got {host_pages.size}")
-    if is_on_host(device_pages):
-        raise ValueError(f"{device_name}: expected ids in device memory, got {jax.typeof(device_pages)}")
     return device_pages, host_pages
 
 

@@ -20,8 +20,8 @@ from jax_kvpool.ops import (
     check_pools,
     fenced,
     in_flight,
-    is_on_host,
     is_staging,
+    min_span_bytes,
     page_pairs,
     scratch_bytes,
     without_transformations,
@@ -90,16 +90,18 @@ def run_layers(
         raise ValueError("run_layers must be called inside jax.jit, where its copies and waits are one program")
     is_stacked = "layer" in device.layout.order
     num_pairs = max(load_pairs[0].size, store_pairs[0].size)
-    is_by_engine = is_on_host(load_pairs[1]) or is_on_host(store_pairs[1])
-    stages = _stages(device.spec, num_pairs, max(1, len(device.spec.layers) // (8 if is_by_engine else 16)))
-    plan = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages)
-    scratch = [scratch_bytes(plan, pairs[1]) or 0 for pairs in (load_pairs, store_pairs)]
+    stages = _stages(device.spec, num_pairs)
+    places = device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages
+    load_plan = copy_plan(*places, min_span_bytes(True, *load_pairs))
+    store_plan = copy_plan(*places, min_span_bytes(False, *store_pairs))
+    scratch = [scratch_bytes(load_plan, *load_pairs) or 0, scratch_bytes(store_plan, *store_pairs) or 0]
     arrays = device.flat_arrays()
     # One wait for each stage, or in a scan for each layer.
     wait_stages = [at for at, layers in enumerate(stages) for _ in (layers if is_stacked else [0])]
     ids = (*load_pairs, *store_pairs)
     attributes = {
-        "plan": np.array(plan.integers, np.int64),
+        "load_plan": np.array(load_plan.integers, np.int64),
+        "store_plan": np.array(store_plan.integers, np.int64),
         "wait_stages": np.array(wait_stages, np.int64),
         "load_scratch_bytes": np.int64(scratch[0]),
         "store_scratch_bytes": np.int64(scratch[1]),
@@ -113,9 +115,10 @@ def run_layers(
     return _finish(x, token, device, arrays, (*ids, staging))
 
 
-def _stages(spec: PageSpec, num_pairs: int, max_layers: int) -> Stages:
-    """Divides the layers into stages: the first are one layer, for which everything waits; they grow to `max_layers`,
-    since the last is waited for with nothing left to travel meanwhile, or to `_MIN_STAGE_BYTES`."""
+def _stages(spec: PageSpec, num_pairs: int) -> Stages:
+    """Divides the layers into stages: the first are one layer, for which everything waits; they grow to a sixteenth of
+    all, since the last is waited for with nothing left to travel meanwhile, or to `_MIN_STAGE_BYTES`."""
+    max_layers = max(1, len(spec.layers) // 16)
     stages: list[list[int]] = []
     size = num_bytes = 0
     for layer in spec.layers:

@@ -69,15 +69,16 @@ class Span:
     staged_offset: int
 
 
-MIN_SPAN_BYTES: Final = 256 << 10
 _STAGED_ALIGNMENT: Final = 256
 
 
-def _spans(stage: list[_Pair], host: Placement, page_size: int) -> list[Span]:
+def _spans(stage: list[_Pair], host: Placement, page_size: int, min_span_bytes: int | None) -> list[Span]:
     """The parts of the page's records that are the slabs of a stage and nothing else; none if there are no such,
     or if they are too short for the copy engine."""
     spans: list[Span] = []
     staged = 0
+    if min_span_bytes is None:
+        return []
     for record in host.records:
         inside = [h for _, h in stage if 0 <= h.offset - record.offset < record.num_bytes]
         if not inside:
@@ -86,7 +87,7 @@ def _spans(stage: list[_Pair], host: Placement, page_size: int) -> list[Span]:
         if sum(h.slab.bytes_of(page_size) for h in inside) != end - begin:
             return []
         staged += (begin - staged) % _STAGED_ALIGNMENT  # as wide accesses there as in the record
-        if end - begin < MIN_SPAN_BYTES:
+        if end - begin < min_span_bytes:
             return []
         spans.append(Span(begin, record.num_bytes, end - begin, staged))
         staged += end - begin
@@ -128,8 +129,10 @@ def copy_plan(
     host_layout: Layout,
     num_host_pages: int,
     stages: Stages,
+    min_span_bytes: int | None = None,
 ) -> CopyPlan:
-    """The plan of a copy in these stages.
+    """The plan of a copy in these stages. The copy engine is to move those whose parts of a record have at least
+    `min_span_bytes`; by default none.
 
     Raises `ValueError` if the layer is traced and the layers are not alike.
     """
@@ -149,7 +152,7 @@ def copy_plan(
     plan = [num_device_pages, num_host_pages, sum(host.array_bytes), len(arrays)]
     plan += [device.array_bytes[a] for a in arrays]
     plan.append(len(in_stages))
-    spans_of = [_spans(stage, host, spec.page_size) for stage in in_stages]
+    spans_of = [_spans(stage, host, spec.page_size, min_span_bytes) for stage in in_stages]
     staged_page_bytes = [_staged_page_bytes(spans) for spans in spans_of]
     for stage, spans, staged in zip(in_stages, spans_of, staged_page_bytes, strict=True):
         shapes: dict[_Shape, list[_Pair]] = {}

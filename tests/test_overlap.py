@@ -10,7 +10,7 @@ import oracle
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, ops, overlap, plan, run_layers, store
+from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, ops, overlap, run_layers, store
 
 LAYERS, DEVICE_PAGES, HOST_PAGES = 5, 9, 11
 SPECS = {
@@ -90,8 +90,14 @@ def check(spec, layout, device, seed, on_host=False, host_layout="page_first", s
             device_pages = rng.permutation(DEVICE_PAGES)[:6].astype(np.int32)
             host_pages = rng.permutation(HOST_PAGES)[:6].astype(np.int32)
             host_pages[rng.integers(6)] = rng.choice([-1, HOST_PAGES])
+            device_pages[rng.integers(6)] = rng.choice([-1, DEVICE_PAGES])
             pairs.append((device_pages, host_pages))
-        given = [(d, host_ids(h, device=device) if on_host else jax.device_put(h, device)) for d, h in pairs]
+        put = (lambda ids: host_ids(ids, device=device)) if on_host else (lambda ids: jax.device_put(ids, device))
+        given = [
+            (put(d) if on_host and pair is pairs[1] else jax.device_put(d, device), put(h))
+            for pair in pairs
+            for d, h in [pair]
+        ]
         x, pool = step(x, pool, host, *given)
         want, twin = expected(want, twin, twin_host, *pairs)
     np.testing.assert_array_equal(np.asarray(x), np.asarray(want))
@@ -105,10 +111,8 @@ def small_stages(monkeypatch):
     """Stages, spans and halves of staging so small that little pools have several of each."""
     monkeypatch.setattr(overlap, "_MIN_STAGE_BYTES", 1)
     monkeypatch.setattr(ops, "_HALF_BYTES", 4096)
-    monkeypatch.setattr(plan, "MIN_SPAN_BYTES", 1)
-    plan.copy_plan.cache_clear()
-    yield
-    plan.copy_plan.cache_clear()
+    monkeypatch.setattr(ops, "_MIN_LOAD_SPAN_BYTES", 1)
+    monkeypatch.setattr(ops, "_MIN_STORE_SPAN_BYTES", 1)
 
 
 @pytest.mark.usefixtures("small_stages")
@@ -219,7 +223,7 @@ def test_inside_shard_map(num_shards, layout):
 
 
 def poisoned_steps(device, layout, on_host, num_steps):
-    """Runs steps that poison all pages, load random ones with a few MB a layer, and count what is not right when a block
+    """Runs steps that poison all pages, load random ones, a few MB a layer, and count what is not right when a block
     reads it; no wait between the steps. Returns the count."""
     spec = PageSpec.uniform(64, 8, {"k": ((8, 128), "int16"), "v": ((8, 128), "int16")})
     num_pages = 24
@@ -295,7 +299,7 @@ def test_a_wait_for_another_array_is_refused(monkeypatch):
 
     monkeypatch.setattr(overlap, "_start", copying)
     step = jax.jit(lambda x, d, h: run_layers(block_over(d), x, d, h, load=ids))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="another array than it is loaded into|updated in place"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"another array than it is loaded into|updated in place"):
         jax.block_until_ready(step(jnp.int32(0), pool, host))
 
 

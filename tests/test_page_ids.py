@@ -1,12 +1,14 @@
 """Page ids in host memory, and the copy engine that they let work."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, host_ids, load, ops, page_ids, plan, store
+from jax_kvpool import DevicePool, HostPool, PageSpec, host_ids, load, ops, page_ids, store
 
 
 def test_they_are_the_ids(device):
@@ -42,17 +44,15 @@ def test_bad_ids():
 def small_halves(monkeypatch):
     """Little pools have spans for the copy engine, and several halves of staging."""
     monkeypatch.setattr(ops, "_HALF_BYTES", 8192)
-    monkeypatch.setattr(plan, "MIN_SPAN_BYTES", 1)
-    plan.copy_plan.cache_clear()
-    yield
-    plan.copy_plan.cache_clear()
+    monkeypatch.setattr(ops, "_MIN_LOAD_SPAN_BYTES", 1)
+    monkeypatch.setattr(ops, "_MIN_STORE_SPAN_BYTES", 1)
 
 
 NUM_PAGES, PAIRS = (23, 19), 15
 
 
-def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_ids):
-    """One load and one store against the oracle, whole pools compared."""
+def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_ids, device_ids=(False, True)):
+    """Loads and stores against the oracle, with device_pages in device and in host memory; whole pools compared."""
     device_oracle = oracle.Pool(spec, oracle.DEVICE_ORDERS[device_name], NUM_PAGES[0], rng)
     host_oracle = oracle.Pool(spec, oracle.HOST_ORDERS[host_name], NUM_PAGES[1], rng)
     pool = DevicePool.create(spec, NUM_PAGES[0], device_name, device=device)
@@ -65,12 +65,13 @@ def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_i
     host = HostPool.create(spec, NUM_PAGES[1], host_name, device=device)
     host.memories[0].view(writable=True)[:] = host_oracle.buffers[0]
     layers = spec.layers if layer is None else [layer]
-    for op in (load, store):
+    for op, on_host in itertools.product((load, store), device_ids):
         device_pages = rng.permutation(NUM_PAGES[0])[:PAIRS].astype(np.int32)
         host_pages = np.roll(np.arange(NUM_PAGES[1], dtype=np.int32), rng.integers(9))[:PAIRS]  # many side by side
         host_pages[4], host_pages[9], device_pages[6] = -1, NUM_PAGES[1], -1
         step = jax.jit(lambda d, h, i, j, op=op: op(d, h, i, j, layer=layer), donate_argnums=0)
-        pool = step(pool, host, device_pages, make_ids(host_pages, device=device))
+        given = make_ids(device_pages, device=device) if on_host else device_pages
+        pool = step(pool, host, given, make_ids(host_pages, device=device))
         if op is load:
             oracle.copy(host_oracle, device_oracle, host_pages, device_pages, layers)
         else:
@@ -146,11 +147,9 @@ def test_ids_that_are_dropped_at_once(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="no GPU")
-def test_what_it_refuses():
+def test_a_traced_layer_is_refused():
     spec = oracle.SPECS["gqa"](4)
     pool, host = DevicePool.create(spec, 4), HostPool.create(spec, 4)
     ids, on_device = host_ids([1]), np.array([1], np.int32)
-    with pytest.raises(ValueError, match="device_pages: expected ids in device memory"):
-        jax.jit(load)(pool, host, ids, ids)
-    with pytest.raises(ValueError, match="cannot follow a traced layer"):
+    with pytest.raises(ValueError, match="a traced layer needs page ids in device memory"):
         jax.jit(lambda p, h, i, j, at: load(p, h, i, j, layer=at))(pool, host, on_device, ids, 1)

@@ -1,0 +1,156 @@
+"""Loads and stores over the shapes that other projects measure, against what else a user could call.
+
+    python benchmarks/grids.py [--json FILE] [--grids A B C D E]
+
+A: pages of 4 KB to 16 MB (vLLM). B: pieces of 4 to 64 KiB, 10k to 100k of them (vLLM). C: 80 layers x 8 heads x 128,
+pages of 16, 32, 64 tokens, 1 to 256 of them (Dynamo). D: 32 layers of GQA, and MLA of 80 layers (FlexKV). E: pieces of
+4 KB, contiguous and shuffled (PegaFlow). Totals are cut to 1 GiB.
+
+GB/s of payload with everything included: the time of a few calls dispatched one after another, divided by their number.
+The methods run in turn; ratios are medians over the rounds. Every method's bytes are compared before it is timed.
+"""
+
+import time
+
+import harness
+import jax
+import numpy as np
+import peers
+
+from jax_kvpool import DevicePool, HostPool, PageSpec, load, store
+
+MAX_BYTES = 1 << 30
+
+
+def gqa(page_size, num_layers, num_heads=8):
+    return PageSpec.uniform(page_size, num_layers, {n: ((num_heads, 128), "bfloat16") for n in "kv"})
+
+
+def mla(page_size, num_layers):
+    return PageSpec.uniform(page_size, num_layers, {"latent": ((512,), "bfloat16")})
+
+
+def piece(num_bytes):
+    return PageSpec.uniform(1, 1, {"kv": ((num_bytes,), "uint8")})
+
+
+def grid():
+    """`(grid, name, spec, num_pages, is_shuffled)`"""
+    for kib in (4, 16, 64, 256, 1024, 4096, 16384):
+        layers = min(32, max(1, kib // 4))
+        yield "A", f"{kib} KiB", gqa(1, layers, max(1, kib * 4 // layers // 2)), 1000, True
+    for kib, count in ((4, 100_000), (16, 50_000), (64, 10_000)):
+        yield "B", f"{kib} KiB x {count}", piece(kib << 10), count, True
+    for page_size in (16, 64):
+        for pages in (1, 16, 256):
+            yield "C", f"page {page_size} x {pages}", gqa(page_size, 80), pages, True
+    for pages in (64, 1024):
+        yield "D", f"GQA page 16 x {pages}", gqa(16, 32), pages, True
+        yield "D", f"MLA page 16 x {pages}", mla(16, 80), pages, True
+    for is_shuffled in (False, True):
+        yield "E", f"4 KB x 65k, {'shuffled' if is_shuffled else 'contiguous'}", piece(4096), 65_536, is_shuffled
+
+
+def step_of(op, method, device_pages, host_pages, host, device):
+    if method == "plain JAX":
+        return peers.PlainJax(op, device, device_pages)
+    ids = peers.ids_of(method, device_pages, host_pages)
+    if method in peers.METHODS:
+        step = jax.jit(lambda d, h, i, j: peers.call(op, method, d, h, i, j), donate_argnums=0)
+    else:
+        step = jax.jit(load if op == "load" else store, donate_argnums=0)
+    return lambda d: step(d, host, *ids)
+
+
+def check(op, method, step, device, host, device_pages, host_pages):
+    """Every byte of a few pages after one call; into zeros."""
+    flat = host.memories[0].view(writable=True)
+    if op == "load":
+        device = jax.tree.map(lambda a: a * 0, device)
+    else:
+        for page in host_pages[:3]:
+            host.record(int(page), writable=True)[:] = 0
+    device = jax.block_until_ready(step(device))
+    if method == "plain JAX" or method == "raw":
+        return device
+    for i in {0, 1 % len(device_pages), len(device_pages) - 1}:
+        for name in device.spec.names:
+            for layer in {device.spec.layers[0], device.spec.layers[-1]}:
+                got = np.asarray(device.arrays[name][layer][device_pages[i]]).reshape(-1).view(np.uint8)
+                want = host.slab(int(host_pages[i]), name, layer).reshape(-1).view(np.uint8)
+                assert got.any()
+                np.testing.assert_array_equal(got, want, err_msg=f"{op} {method}")
+    del flat
+    return device
+
+
+def measure(name, spec, num_pages, is_shuffled, op, driver, rounds, rng):
+    num_pages = max(1, min(num_pages, MAX_BYTES // spec.payload_bytes))
+    num_bytes = num_pages * spec.payload_bytes
+    in_pool = num_pages + num_pages // 4 + 1
+    order = rng.permutation if is_shuffled else np.arange
+    device_pages, host_pages = (order(in_pool)[:num_pages].astype(np.int32) for _ in range(2))
+    device, host = DevicePool.create(spec, in_pool), HostPool.create(spec, in_pool)
+    flat = host.memories[0].view(writable=True)
+    flat[:] = harness.random_bytes(rng, flat.shape) | 1
+    everything = np.arange(in_pool, dtype=np.int32)
+    fill = jax.jit(load, donate_argnums=0)
+    methods = ["kernel", "host_ids", *peers.METHODS, "plain JAX"]
+    steps = {}
+    for method in methods:
+        device = fill(device, host, everything, everything)
+        if method == "slabs" and num_pages * len(spec.slabs) > 200_000:
+            continue  # minutes of CPU time
+        steps[method] = step_of(op, method, device_pages, host_pages, host, device)
+        device = check(op, method, steps[method], device, host, device_pages, host_pages)
+        if op == "store":  # what `check` zeroed
+            flat[:] = harness.random_bytes(rng, flat.shape) | 1
+    calls = max(1, min(20, (256 << 20) // num_bytes))
+    samples = {method: [] for method in steps}
+    roofs = []
+    for _ in range(rounds):
+        roofs.append(num_bytes / driver.roof_seconds(op == "load", num_bytes) / 1e9)
+        for method, step in steps.items():
+            jax.block_until_ready(device)
+            begin = time.perf_counter()
+            for _ in range(calls):
+                device = step(device)
+            jax.block_until_ready(device)
+            samples[method].append(calls * num_bytes / (time.perf_counter() - begin) / 1e9)
+    host.close()
+    speeds = {method: harness.median(samples[method]) if method in samples else float("nan") for method in methods}
+    ours = "host_ids"
+    rivals = [m for m in samples if m in ("slabs", "records", "plain JAX")]
+    best = [max(of) for of in zip(*(samples[m] for m in rivals), strict=True)]
+    return {
+        "shape": name,
+        "MB": num_bytes / 1e6,
+        "op": op,
+        "roof": harness.median(roofs),
+        **speeds,
+        "of roof": harness.median([a / b for a, b in zip(samples[ours], roofs, strict=True)]),
+        "of raw": harness.median([a / b for a, b in zip(samples[ours], samples["raw"], strict=True)]),
+        "of best peer": harness.median([a / b for a, b in zip(samples[ours], best, strict=True)]),
+    }
+
+
+def main():
+    arguments = harness.parser(__doc__)
+    arguments.add_argument("--grids", nargs="+", default=list("ABCDE"))
+    arguments.add_argument("--rounds", type=int, default=5)
+    args = arguments.parse_args()
+    rng = np.random.default_rng(0)
+    driver = harness.Driver(MAX_BYTES)
+    rows = []
+    for letter, name, spec, num_pages, is_shuffled in grid():
+        if letter not in args.grids:
+            continue
+        for op in ("load", "store"):
+            row = measure(name, spec, num_pages, is_shuffled, op, driver, args.rounds, rng)
+            rows.append({"grid": letter, **row})
+            print(rows[-1], flush=True)
+    harness.report(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
