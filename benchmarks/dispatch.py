@@ -1,4 +1,5 @@
-"""What a jitted load of one page costs the host, beyond an identity jit over the same donated arrays.
+"""What a jitted load of one page costs the host, beyond an identity jit over the same donated arrays, and what
+`run_layers` does with a model that does nothing: start, waits and end.
 
     python benchmarks/dispatch.py [--json FILE]
 
@@ -12,7 +13,7 @@ import harness
 import jax
 import numpy as np
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, load
+from jax_kvpool import DevicePool, HostPool, PageSpec, load, run_layers
 
 
 def microseconds_per_call(functions, device, calls=50, rounds=40):
@@ -42,18 +43,23 @@ def main():
         identity = jax.jit(lambda d: d, donate_argnums=0)
         one_kernel = jax.jit(lambda d, i, j: (d, i + j), donate_argnums=0)
         loading = jax.jit(load, donate_argnums=0)
+        beside = jax.jit(
+            lambda d, h, i, j: run_layers(lambda _, x, kv: (x, kv), np.int32(0), d, h, load=(i, j)), donate_argnums=0
+        )
         functions = [
             identity,
             lambda d: one_kernel(d, *ids)[0],
             lambda d: loading(d, host, *ids),
+            lambda d: beside(d, host, *ids)[1],
         ]
-        (base, _, cost), (_, kernel_more, more) = microseconds_per_call(functions, device)
+        (base, _, cost, _), (_, kernel_more, more, beside_more) = microseconds_per_call(functions, device)
         rows.append(
             {
                 "arrays": arrays,
                 "identity us": base,
                 "load us": cost,
                 "load, more": more,
+                "run_layers, more": beside_more,
                 "an added kernel, more": kernel_more,
             }
         )

@@ -23,7 +23,7 @@ MAX_BYTES = 1 << 30
 
 
 def gqa(page_size, num_layers, num_heads=8):
-    return PageSpec.uniform(page_size, num_layers, {n: ((num_heads, 128), "bfloat16") for n in "kv"})
+    return PageSpec.uniform(page_size, num_layers, dict.fromkeys("kv", ((num_heads, 128), "bfloat16")))
 
 
 def mla(page_size, num_layers):

@@ -1,11 +1,12 @@
 """Loads beside a model in one jitted step: what it costs, against the model and the load alone.
 
-    python benchmarks/overlap.py [--json FILE]
+    python benchmarks/interference.py [--json FILE]
 
 Time of a step is that of 4 dispatched one after another, divided by 4; the programs run in turn, and ratios are medians
 over the rounds. Before that, x and the loaded pages are checked: into poison, and where everything is there already.
 """
 
+import itertools
 import time
 
 import harness
@@ -24,13 +25,11 @@ def programs(model, layout, max_blocks):
 
     def block_of(weights, pages):
         def block(layer, x, kv):
-            of_layer = jax.tree.map(lambda w: w[layer], weights) if is_stacked else weights
-            if not is_stacked and isinstance(model, models.Llama8B):
-                of_layer = weights[layer]
+            of_layer = weights  # the same for all layers of Gemms
+            if isinstance(model, models.Llama8B):
+                of_layer = jax.tree.map(lambda w: w[layer], weights) if is_stacked else weights[layer]
             return model.block(of_layer, layer if is_stacked else None, x, kv, pages)
 
-        if isinstance(model, models.Gemms):
-            return lambda layer, x, kv: model.block(weights, layer if is_stacked else None, x, kv, pages)
         return block
 
     def model_only(device, host, weights, x, pages, host_pages):
@@ -106,24 +105,21 @@ def measure(model, layout, max_blocks, num_pairs, rounds, rng, is_engine=False):
     for name in steps:
         _, device = run(name, device)
     samples = {name: [] for name in steps}
-    submissions = []
     for _ in range(rounds):
         for name, times in samples.items():
             jax.block_until_ready(device)
             begin = time.perf_counter()
             for _ in range(STEPS):
                 _, device = run(name, device)
-            submitted = time.perf_counter()
             jax.block_until_ready(device)
             times.append((time.perf_counter() - begin) / STEPS)
-            if name == "overlapped":
-                submissions.append((submitted - begin) / STEPS)
     host.close()
     best = [max(a, b) for a, b in zip(samples["model_only"], samples["load_only"], strict=True)]
     ratio = harness.median([o / b for o, b in zip(samples["overlapped"], best, strict=True)])
     return {
         "model": type(model).__name__,
         "layout": layout,
+        "ids": "host_ids" if is_engine else "device",
         "blocks": max_blocks,
         **{f"{n} ms": harness.median(t) * 1e3 for n, t in samples.items()},
         "of max": ratio,
@@ -141,8 +137,8 @@ def main():
     for name in args.models:
         model = getattr(models, name)()
         for layout in ("per_layer", "stacked"):
-            for blocks in args.blocks:
-                rows.append(measure(model, layout, blocks, 128, args.rounds, rng))
+            for blocks, is_engine in itertools.product(args.blocks, (False, True)):
+                rows.append(measure(model, layout, blocks, 128, args.rounds, rng, is_engine))
                 print(rows[-1], flush=True)
     harness.report(rows, args.json)
 

@@ -23,8 +23,10 @@ def _register():
     library.parent.mkdir(exist_ok=True)
     sources = [_HERE / "peers.cu", _HERE.parent / "csrc" / "copy_cuda.cu"]
     subprocess.run(
-        ["nvcc", "-O3", "-std=c++20", "-arch=native", "-shared", "-Xcompiler=-fPIC", "-isystem", jax.ffi.include_dir()]
-        + ["-o", library, *sources],
+        [
+            *("nvcc", "-O3", "-std=c++20", "-arch=native", "-shared", "-Xcompiler=-fPIC"),
+            *("-isystem", jax.ffi.include_dir(), "-o", library, *sources),
+        ],
         check=True,
     )
     handlers = ctypes.CDLL(str(library))
@@ -66,8 +68,8 @@ def ids_of(method, device_pages, host_pages):
 
 
 class PlainJax:
-    """What a user writes without a library: whole layers as pinned arrays, gathered and scattered by XLA. A store ends in
-    arrays of its own, a load starts from such: there is no pool of pages on the host."""
+    """What a user writes without a library: whole layers as pinned arrays, gathered and scattered by XLA. A store ends
+    in arrays of its own, a load starts from such: there is no pool of pages on the host."""
 
     def __init__(self, op, device, device_pages):
         on_device = SingleDeviceSharding(jax.devices()[0], memory_kind="device")

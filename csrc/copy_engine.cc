@@ -16,12 +16,13 @@ cudaError_t SubmitCopies(std::vector<void*>& targets, std::vector<void*>& source
   attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
   size_t all = 0;
 #if CUDART_VERSION >= 13000
-  const cudaError_t error = cudaMemcpyBatchAsync(const_cast<const void**>(targets.data()), const_cast<const void**>(sources.data()),
-                                                 sizes.data(), sizes.size(), &attributes, &all, 1, engine);
+  const cudaError_t error =
+      cudaMemcpyBatchAsync(const_cast<const void**>(targets.data()), const_cast<const void**>(sources.data()),
+                           sizes.data(), sizes.size(), &attributes, &all, 1, engine);
 #else
   size_t failed = 0;
-  const cudaError_t error = cudaMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), sizes.size(), &attributes,
-                                                 &all, 1, &failed, engine);
+  const cudaError_t error = cudaMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), sizes.size(),
+                                                 &attributes, &all, 1, &failed, engine);
 #endif
   return error;
 }
@@ -48,8 +49,8 @@ cudaError_t MoveRecords(const Stage& stage, char* host, const int32_t* host_page
 
 }  // namespace
 
-cudaError_t Staging::Copy(const Stage& stage, char* host, const ReadableIds& ids, Direction direction, int64_t max_blocks, cudaStream_t stream, cudaStream_t engine,
-                          SideStreams& side) {
+cudaError_t Staging::Copy(const Stage& stage, char* host, const ReadableIds& ids, Direction direction,
+                          int64_t max_blocks, cudaStream_t stream, cudaStream_t engine, SideStreams& side) {
   const int64_t max_pages = half_bytes_ / stage.staged_page_bytes;
   if (max_pages == 0) return cudaErrorInvalidValue;
   const auto num_pairs = static_cast<int64_t>(ids.host_pages.size());

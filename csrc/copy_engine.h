@@ -32,8 +32,8 @@ class Staging {
   // Enqueues the copies of `stage`, which was read for this buffer: its kernels on `stream`, its records on `engine`.
   // They are done when that is which comes last in the direction of the bytes: a load's on `stream`, a store's on
   // `engine`.
-  cudaError_t Copy(const Stage& stage, char* host, const ReadableIds& ids, Direction direction, int64_t max_blocks, cudaStream_t stream, cudaStream_t engine,
-                   SideStreams& side);
+  cudaError_t Copy(const Stage& stage, char* host, const ReadableIds& ids, Direction direction, int64_t max_blocks,
+                   cudaStream_t stream, cudaStream_t engine, SideStreams& side);
 
   // To be called behind the last stage, also after an error.
   void GiveBackEvents(SideStreams& side) { side.GiveBack({empty_.begin(), empty_.end()}); }

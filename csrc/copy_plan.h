@@ -51,9 +51,8 @@ struct Stage {
 // How many arrays of the device pool a plan is for.
 inline size_t NumArrays(std::span<const int64_t> plan) { return static_cast<size_t>(plan[3]); }
 
-// Reads `plan` into `stages`. With a `staging` buffer, the copies of stages that have spans go between it and the device
-// pool, and pair i is page i of it.
-// Returns an error if the operands are not those that the plan was made for.
+// Reads `plan` into `stages`. With a `staging` buffer, the copies of stages that have spans go between it and the
+// device pool, and pair i is page i of it. Returns an error if the operands are not those that the plan was made for.
 inline std::optional<std::string> ReadPlan(std::span<const int64_t> plan, const CopyOperands& operands,
                                            std::vector<Stage>& stages, char* staging = nullptr) {
   auto next = plan.begin();

@@ -64,13 +64,13 @@ auto BindStart(Binding binding) {
       .template Arg<PageIds>()
       .template Arg<PageIds>()  // of the store
       .template Arg<PageIds>()
-      .RemainingArgs()         // the arrays of the device pool, then what must not be computed with before
+      .RemainingArgs()  // the arrays of the device pool, then what must not be computed with before
       .template Ret<Scratch>()
       .template Ret<Scalar>()  // a token that the waits pass on, so that they keep their order and are all done or none
       .RemainingRets()         // the same arrays
       .template Attr<Integers>("load_plan")
-      .template Attr<Integers>("store_plan")  // of the same stages
-      .template Attr<Integers>("wait_stages")  // the last stage that each wait waits for
+      .template Attr<Integers>("store_plan")          // of the same stages
+      .template Attr<Integers>("wait_stages")         // the last stage that each wait waits for
       .template Attr<int64_t>("load_scratch_bytes")   // what of the scratch is for the load and for the store; 0 if
       .template Attr<int64_t>("store_scratch_bytes")  // their ids are in device memory
       .template Attr<int64_t>("max_blocks");

@@ -16,7 +16,8 @@ ffi::Error CopyNow(const CopyOperands& operands, Direction direction, Integers p
 template <Direction direction>
 ffi::Error CopyCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer, ffi::RemainingArgs arrays,
                    ffi::RemainingRets results, Integers plan, int64_t /*max_blocks*/) {
-  auto operands = CheckOperands(GetLiveMemory(), host, device_pages, host_pages, layer.typed_data(), arrays, results, plan);
+  auto operands =
+      CheckOperands(GetLiveMemory(), host, device_pages, host_pages, layer.typed_data(), arrays, results, plan);
   if (operands.has_error()) return operands.error();
   return CopyNow(*operands, direction, plan);
 }
@@ -33,8 +34,9 @@ ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pa
 // Copies at once.
 ffi::Error StartCpu(HostArray host, PageIds load_device_pages, PageIds load_host_pages, PageIds store_device_pages,
                     PageIds store_host_pages, ffi::RemainingArgs arrays, ffi::Result<Scratch> /*scratch*/,
-                    ffi::Result<Scalar> token, ffi::RemainingRets results, Integers load_plan, Integers store_plan, Integers /*wait_stages*/,
-                    int64_t /*load_scratch_bytes*/, int64_t /*store_scratch_bytes*/, int64_t /*max_blocks*/) {
+                    ffi::Result<Scalar> token, ffi::RemainingRets results, Integers load_plan, Integers store_plan,
+                    Integers /*wait_stages*/, int64_t /*load_scratch_bytes*/, int64_t /*store_scratch_bytes*/,
+                    int64_t /*max_blocks*/) {
   auto stored =
       CheckOperands(GetLiveMemory(), host, store_device_pages, store_host_pages, nullptr, arrays, results, store_plan);
   if (stored.has_error()) return stored.error();

@@ -27,7 +27,8 @@ template <Direction direction>
 ffi::Error CopyCuda(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer,
                     ffi::RemainingArgs arrays, ffi::RemainingRets results, Integers plan, int64_t max_blocks) {
   num_handler_calls.fetch_add(1, std::memory_order_relaxed);
-  auto operands = CheckOperands(*live_memory, host, device_pages, host_pages, layer.typed_data(), arrays, results, plan);
+  auto operands =
+      CheckOperands(*live_memory, host, device_pages, host_pages, layer.typed_data(), arrays, results, plan);
   if (operands.has_error()) return operands.error();
   return RunCopies(*operands, plan, [&](const PageCopy& copy) -> std::optional<std::string> {
     const cudaError_t error = LaunchCopy(copy, direction, max_blocks, stream);
@@ -62,8 +63,9 @@ class Transfer {
     const int64_t staging_bytes = scratch_.bytes - 2 * ids_bytes;
     if (staging_bytes < 0) return ReadPlan(AsSpan(plan), operands_, stages_);
     char* copies = scratch_.data + staging_bytes;
-    for (const auto [pages, readable, copy] : {std::tuple(&operands_.host_pages, &ids_.host_pages, copies),
-                                               std::tuple(&operands_.device_pages, &ids_.device_pages, copies + ids_bytes)}) {
+    for (const auto [pages, readable, copy] :
+         {std::tuple(&operands_.host_pages, &ids_.host_pages, copies),
+          std::tuple(&operands_.device_pages, &ids_.device_pages, copies + ids_bytes)}) {
       // Only in our own memory: ids elsewhere may still be written by somebody.
       if (!live_memory->Covers(*pages, ids_bytes)) continue;
       // A kernel reads ids later, when their memory may be in use again, so it gets a copy. From memory that CUDA has
@@ -135,8 +137,7 @@ ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_
 Flights flights;
 
 // Enqueues both copies of all stages; an event behind each lands in flight.done.
-cudaError_t EnqueueStages(Transfer& store, Transfer& load, cudaStream_t stream, SideStreams& side,
-                          Flight& flight) {
+cudaError_t EnqueueStages(Transfer& store, Transfer& load, cudaStream_t stream, SideStreams& side, Flight& flight) {
   const auto finish = [&](cudaStream_t on, cudaEvent_t& event) {
     if (const cudaError_t error = side.TakeEvent(event)) return error;
     flight.done.push_back(event);
@@ -168,12 +169,13 @@ cudaError_t EnqueueStages(Transfer& store, Transfer& load, cudaStream_t stream, 
 ffi::Error StartCuda(cudaStream_t stream, HostArray host, PageIds load_device_pages, PageIds load_host_pages,
                      PageIds store_device_pages, PageIds store_host_pages, ffi::RemainingArgs arrays,
                      ffi::Result<Scratch> scratch, ffi::Result<Scalar> /*token*/, ffi::RemainingRets results,
-                     Integers load_plan, Integers store_plan, Integers wait_stages, int64_t load_scratch_bytes, int64_t store_scratch_bytes,
-                     int64_t max_blocks) {
+                     Integers load_plan, Integers store_plan, Integers wait_stages, int64_t load_scratch_bytes,
+                     int64_t store_scratch_bytes, int64_t max_blocks) {
   auto stored =
       CheckOperands(*live_memory, host, store_device_pages, store_host_pages, nullptr, arrays, results, store_plan);
   if (stored.has_error()) return stored.error();
-  auto loaded = CheckOperands(*live_memory, host, load_device_pages, load_host_pages, nullptr, arrays, results, load_plan);
+  auto loaded =
+      CheckOperands(*live_memory, host, load_device_pages, load_host_pages, nullptr, arrays, results, load_plan);
   if (loaded.has_error()) return loaded.error();
   SideStreams* side = nullptr;
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);

@@ -35,8 +35,15 @@ contiguous cudaMemcpyAsync, stores 0.93 to 0.95. 16 blocks move the same, 2 bloc
 (benchmarks/transfer.py; csrc/copy_cuda.cu)."""
 
 _BY_ENGINE: Final = {LOAD_TARGET: LOAD_BY_ENGINE_TARGET, STORE_TARGET: STORE_BY_ENGINE_TARGET}
-_MIN_LOAD_SPAN_BYTES: Final = 64 << 10
+# What the copy engine moves at once, at least. H100, fraction of the roof, copy engine against kernel
+# (benchmarks/transfer.py, benchmarks/grids.py):
+#                64 KB        128 KB       512 KB       2 MB         8 MB
+#   load      0.73 / 0.85  0.98 / 0.92  0.97 / 0.93  0.99 / 0.94  0.98 / 0.93
+#   store                  0.84 / 0.94  0.94 / 0.94  0.97 / 0.94  0.98 / 0.93
+_MIN_LOAD_SPAN_BYTES: Final = 128 << 10
 _MIN_STORE_SPAN_BYTES: Final = 512 << 10
+# A half of the staging: 0.3 ms of the link. 8, 16, 32 and 64 MB are alike for loads and stores; beside a model the
+# larger ones disturb it more, 1.05 to 1.08 of the model alone (benchmarks/interference.py).
 _HALF_BYTES: Final = 16 << 20
 
 
@@ -135,7 +142,7 @@ def _call(
 ) -> list[jax.Array]:
     """`others`: device_pages, host_pages and, for a kernel, the layer."""
     register_targets()
-    scratch = [] if scratch_bytes is None else [jax.ShapeDtypeStruct((scratch_bytes,), jnp.uint8)]
+    scratch = [] if scratch_bytes is None else [jax.core.ShapedArray((scratch_bytes,), np.dtype(np.uint8))]
     call = jax.ffi.ffi_call(
         target,
         [*scratch, *(jax.typeof(a) for a in arrays)],  # with their manual axes, inside shard_map
@@ -149,7 +156,7 @@ def _call(
 
 def is_on_host(pages: Any) -> bool:
     """Whether ids are in host memory, as those of `host_ids` on a GPU."""
-    return isinstance(pages, jax.Array) and jax.typeof(pages).memory_space == jax.memory.Space.Host
+    return isinstance(pages, jax.Array) and bool(jax.typeof(pages).memory_space == jax.memory.Space.Host)
 
 
 def min_span_bytes(is_load: bool, device_pages: Any, host_pages: Any) -> int | None:
@@ -165,8 +172,8 @@ def scratch_bytes(plan: CopyPlan, device_pages: Any, host_pages: Any) -> int | N
     ids. None if they are all in device memory."""
     if not (is_on_host(device_pages) or is_on_host(host_pages)):
         return None
-    pages = min(max(_HALF_BYTES // max(plan.staged_page_bytes, 1), 1), host_pages.size)
-    return 2 * pages * plan.staged_page_bytes + 2 * 4 * host_pages.size
+    pages: int = min(max(_HALF_BYTES // max(plan.staged_page_bytes, 1), 1), host_pages.size)
+    return 2 * pages * plan.staged_page_bytes + 2 * 4 * int(host_pages.size)
 
 
 def fenced(arrays: list[jax.Array]) -> list[jax.Array]:

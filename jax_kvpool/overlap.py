@@ -20,6 +20,7 @@ from jax_kvpool.ops import (
     check_pools,
     fenced,
     in_flight,
+    is_on_host,
     is_staging,
     min_span_bytes,
     page_pairs,
@@ -90,7 +91,7 @@ def run_layers(
         raise ValueError("run_layers must be called inside jax.jit, where its copies and waits are one program")
     is_stacked = "layer" in device.layout.order
     num_pairs = max(load_pairs[0].size, store_pairs[0].size)
-    stages = _stages(device.spec, num_pairs)
+    stages = _stages(device.spec, num_pairs, is_on_host(load_pairs[1]))
     places = device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages
     load_plan = copy_plan(*places, min_span_bytes(True, *load_pairs))
     store_plan = copy_plan(*places, min_span_bytes(False, *store_pairs))
@@ -115,10 +116,13 @@ def run_layers(
     return _finish(x, token, device, arrays, (*ids, staging))
 
 
-def _stages(spec: PageSpec, num_pairs: int) -> Stages:
-    """Divides the layers into stages: the first are one layer, for which everything waits; they grow to a sixteenth of
-    all, since the last is waited for with nothing left to travel meanwhile, or to `_MIN_STAGE_BYTES`."""
-    max_layers = max(1, len(spec.layers) // 16)
+def _stages(spec: PageSpec, num_pairs: int, is_by_engine: bool) -> Stages:
+    """Divides the layers into stages of one layer, or of as many as make `_MIN_STAGE_BYTES`.
+
+    The copy engine likes more at once: its stages grow to a sixteenth of all layers. The first is one layer, for which
+    everything waits, and the last is short, since nothing travels any more while its layers are computed.
+    """
+    max_layers = max(1, len(spec.layers) // 16) if is_by_engine else 1
     stages: list[list[int]] = []
     size = num_bytes = 0
     for layer in spec.layers:
@@ -173,10 +177,10 @@ def _checked(block: Any, layer: Any, x: Any, kv: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"block: expected it to return (x, kv), got {type(result)}")
     for name, given, returned in (("x", x, result[0]), ("kv", kv, result[1])):
-        expected, got = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), t) for t in (given, returned))
-        if jax.tree.structure(expected) != jax.tree.structure(got) or jax.tree.leaves(expected) != jax.tree.leaves(got):
+        expected, got = (jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (given, returned))
+        if expected != got:
             raise ValueError(f"block: expected it to return {name} as it got it, {expected}, got {got}")
-    return result
+    return result[0], result[1]
 
 
 def _start(
@@ -197,8 +201,8 @@ def _start(
     call = jax.ffi.ffi_call(
         START_TARGET,
         [
-            jax.ShapeDtypeStruct((num_scratch_bytes,), jnp.uint8),
-            jax.ShapeDtypeStruct((), jnp.int32),
+            jax.core.ShapedArray((num_scratch_bytes,), np.dtype(np.uint8)),
+            jax.core.ShapedArray((), np.dtype(np.int32)),
             *(jax.typeof(a) for a in in_place),
         ],
         input_output_aliases={5 + i: 2 + i for i in range(len(in_place))},

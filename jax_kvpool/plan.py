@@ -178,7 +178,7 @@ _Launch = tuple[_Shape, int, int, list[_Pair]]
 call's operand says, if it has them. Where the layers are known, the operand is 0 and the slabs are all one layer."""
 
 
-def _launches(shape: _Shape, slabs: list[_Pair], _: PageSpec) -> Iterator[_Launch]:
+def _launches(shape: _Shape, slabs: list[_Pair], spec: PageSpec) -> Iterator[_Launch]:
     for first in range(0, len(slabs), _cpu.MAX_SLABS):
         batch = slabs[first : first + _cpu.MAX_SLABS]
         yield shape, 0, len(batch), batch

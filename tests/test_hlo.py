@@ -1,13 +1,15 @@
 """Programs compiled for an H100, without one: no copy of a pool, nothing gathered, whatever the order of loads, stores
 and writes."""
 
+import re
+
 import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvpool import DEVICE_LAYOUTS, DevicePool, PageSpec, load, store
+from jax_kvpool import DEVICE_LAYOUTS, DevicePool, PageSpec, load, ops, overlap, run_layers, store
 
 pytestmark = pytest.mark.skipif(hlo.missing() is not None, reason=str(hlo.missing()))
 
@@ -80,6 +82,39 @@ def test_scan_over_layers(mesh, layout):
 
     text = hlo.compile_for_h100(function, pool, host, ids, ids)
     assert hlo.copies_of(text, PAGES * 16) == []
+
+
+@pytest.mark.parametrize("is_by_engine", [False, True])
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+def test_layers_beside_copies(mesh, layout, is_by_engine, monkeypatch):
+    """No copy of a pool, the start before any GEMM of the model, and the waits where they belong."""
+    monkeypatch.setattr(overlap, "_MIN_STAGE_BYTES", 1)
+    if is_by_engine:  # a compile-only device has no memory spaces: as if the ids were in host memory
+        monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
+    pool, host = hlo.abstract_pools(SPEC, mesh, layout, num_device_pages=PAGES)
+    sharding = host.array.sharding
+    ids = jax.ShapeDtypeStruct((7,), np.int32, sharding=sharding)
+    x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16, sharding=sharding)
+    weights = jax.ShapeDtypeStruct((4, 1024, 1024), jnp.bfloat16, sharding=sharding)
+
+    def function(pool, host, i, j, x, weights):
+        def block(layer, x, kv):
+            at = (layer,) if layout == "stacked" else ()
+            x = x @ weights[layer]
+            kv = jax.tree.map(lambda a: a.at[(*at, 3)].set(x[:128, :128].reshape(16, 8, 128)), kv)
+            read = [a[(*at, i)].reshape(-1, 1024)[:1] for a in kv.values()]
+            return x + read[0] * read[1], kv
+
+        return run_layers(block, x, pool, host, load=(i, j), store=(i, j))
+
+    text = hlo.compile_for_h100(function, pool, host, ids, ids, x, weights)
+    assert hlo.copies_of(text, PAGES * 16 * 1024) == []
+    entry = text[text.index("\nENTRY") :]
+    calls = re.findall(r"(jax_kvpool_\w+|gemm_fusion_dot\S* = |__cublas|while\()", entry)
+    assert calls[0] == "jax_kvpool_start"
+    assert text.count('custom_call_target="jax_kvpool_start"') == 1
+    # Each of four stages and the end, or the loop's and the end.
+    assert text.count('custom_call_target="jax_kvpool_wait"') == (2 if layout == "stacked" else 5)
 
 
 @pytest.mark.parametrize("op", [load, store])
