@@ -64,7 +64,8 @@ def measure(op, spec, per_layer, max_blocks, driver, repeats, rng, is_engine=Fal
         fill = jax.jit(lambda a, key: jax.random.normal(key, a.shape, a.dtype), donate_argnums=0)
         keys = iter(jax.random.split(jax.random.key(0), len(device.flat_arrays())))
         device = device.with_arrays(jax.tree.map(lambda a: fill(a, next(keys)), device.arrays))
-    ids = jax.device_put(device_pages), host_ids(host_pages) if is_engine else jax.device_put(host_pages)
+    put = host_ids if is_engine else jax.device_put
+    ids = put(device_pages), put(host_pages)
     one, many = (chained(op, times, per_layer, max_blocks) for times in (1, CHAIN))
     device = one(device, host, *ids)
     jax.block_until_ready(device)
@@ -112,6 +113,7 @@ def main():
     arguments = harness.parser(__doc__)
     arguments.add_argument("--blocks", type=int, nargs="+", default=[DEFAULT_MAX_BLOCKS])
     arguments.add_argument("--page-sizes", type=int, nargs="+", default=[64, 16, 1])
+    arguments.add_argument("--host-ids", action="store_true", help="page ids that let the copy engine work")
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--only", nargs="+", choices=["all", "layer", "plain"], default=["all", "layer", "plain"])
     args = arguments.parse_args()
@@ -124,7 +126,9 @@ def main():
             for op in (load, store):
                 for blocks in args.blocks:
                     for mode in [m for m in args.only if m != "plain"]:
-                        speed, gpu, wall, roof = measure(op, spec, mode == "layer", blocks, driver, args.repeats, rng)
+                        speed, gpu, wall, roof = measure(
+                            op, spec, mode == "layer", blocks, driver, args.repeats, rng, args.host_ids
+                        )
                         rows.append(
                             {
                                 "model": model,

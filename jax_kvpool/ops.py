@@ -66,7 +66,7 @@ def load(
       host: the source; read in place, never copied.
       device_pages, host_pages: int32 arrays (or lists) of one length. A pair with an id outside of its pool is
         skipped (pad with -1); `page_status` says which. A page twice among the targets: either copy may win. Empty is
-        fine.
+        fine. With host_pages from `host_ids`, the copy engine moves what is long enough for it.
       layer: only this layer; an int, or a traced int32 (in a scan) if all layers are alike. Default: all.
       max_blocks: thread blocks of the kernel, at most; more disturb the model, and fewer slow down the copy.
 
@@ -94,7 +94,7 @@ def store(
     """Copies pages from the device pool to the host pool: `host[host_pages[i]] = device[device_pages[i]]` for all i.
 
     As `load`, in the other direction; the device pool is donated and returned unchanged, so that a later write to it
-    cannot overtake the copy. **A store whose returned pool is not used is dead code and not done.**
+    cannot overtake the copy. For the copy engine both ids must be from `host_ids`. **A store whose returned pool is not used is dead code and not done.**
 
     The pages have landed when any output of the program that stored them is ready.
     """
