@@ -94,7 +94,9 @@ def store(
     """Copies pages from the device pool to the host pool: `host[host_pages[i]] = device[device_pages[i]]` for all i.
 
     As `load`, in the other direction; the device pool is donated and returned unchanged, so that a later write to it
-    cannot overtake the copy. For the copy engine both ids must be from `host_ids`. **A store whose returned pool is not used is dead code and not done.**
+    cannot overtake the copy. For the copy engine both ids must be from `host_ids`.
+
+    **A store whose returned pool is not used is dead code and not done.**
 
     The pages have landed when any output of the program that stored them is ready.
     """
