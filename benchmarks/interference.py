@@ -23,42 +23,42 @@ def programs(model, layout, max_blocks):
     """`name -> step(device, host, weights, x, pages, host_pages)`, each returning `(x, device)`."""
     is_stacked = layout == "stacked"
 
-    def block_of(weights, pages):
-        def block(layer, x, kv):
+    def layer_of(weights, pages):
+        def apply_layer(layer, x, kv):
             of_layer = weights  # the same for all layers of Gemms
             if isinstance(model, models.Llama8B):
                 of_layer = jax.tree.map(lambda w: w[layer], weights) if is_stacked else weights[layer]
-            return model.block(of_layer, layer if is_stacked else None, x, kv, pages)
+            return model.layer(of_layer, layer if is_stacked else None, x, kv, pages)
 
-        return block
+        return apply_layer
 
     def model_only(device, host, weights, x, pages, host_pages):
         """Without any call of ours."""
-        block = block_of(weights, pages)
+        apply_layer = layer_of(weights, pages)
         if is_stacked:
 
             def body(carry, layer):
-                return block(layer, *carry), None
+                return apply_layer(layer, *carry), None
 
             layers = np.arange(model.num_layers, dtype=np.int32)
             (x, arrays), _ = jax.lax.scan(body, (x, device.arrays), layers)
             return x, device.with_arrays(arrays)
         arrays = {n: list(of) for n, of in device.arrays.items()}
         for layer in range(model.num_layers):
-            x, kv = block(layer, x, {n: of[layer] for n, of in arrays.items()})
+            x, kv = apply_layer(layer, x, {n: of[layer] for n, of in arrays.items()})
             for n, a in kv.items():
                 arrays[n][layer] = a
         return x, device.with_arrays(arrays)
 
     def overlapped(device, host, weights, x, pages, host_pages):
         pairs = pages[: len(host_pages)], host_pages
-        return run_layers(block_of(weights, pages), x, device, host, load=pairs, max_blocks=max_blocks)
+        return run_layers(layer_of(weights, pages), x, device, host, load=pairs, max_blocks=max_blocks)
 
     def waits_only(device, host, weights, x, pages, host_pages):
         """Nothing is copied."""
         nothing = jax.numpy.full(host_pages.shape, -1, jax.numpy.int32)
         pairs = pages[: len(host_pages)], nothing
-        return run_layers(block_of(weights, pages), x, device, host, load=pairs, max_blocks=max_blocks)
+        return run_layers(layer_of(weights, pages), x, device, host, load=pairs, max_blocks=max_blocks)
 
     def load_then_model(device, host, weights, x, pages, host_pages):
         device = load(device, host, pages[: len(host_pages)], host_pages, max_blocks=max_blocks)

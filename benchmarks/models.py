@@ -30,7 +30,7 @@ class Gemms:
         keys = jax.random.split(jax.random.key(1))
         return [(jax.random.normal(key, (8192, 8192), jnp.bfloat16) * 0.01) for key in keys]
 
-    def block(self, weights, layer, x, kv, pages):
+    def layer(self, weights, layer, x, kv, pages):
         array = kv["kv"] if layer is None else kv["kv"][layer]
         return (x @ weights[0]) @ weights[1] * 0.01 + array[pages[0], 0, 0, :1] * 1e-6, kv
 
@@ -70,7 +70,7 @@ class Llama8B:
             return {n: jnp.stack([new(s, next(keys)) for _ in range(self.num_layers)]) for n, s in shapes.items()}
         return [{n: new(s, next(keys)) for n, s in shapes.items()} for _ in range(self.num_layers)]
 
-    def block(self, weights, layer, x, kv, pages):
+    def layer(self, weights, layer, x, kv, pages):
         """`pages`: those of the prefix, then those of the new tokens. `layer` is None if kv is one layer's."""
         num_prefix = self.num_cached // self.page_size
         queries = _normed(x) @ weights["qkv"]

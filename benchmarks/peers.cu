@@ -24,7 +24,7 @@ CopyOperands Operands(const HostArray& host, const PageIds& device_pages, const 
 }
 
 template <Direction direction>
-ffi::Error Slabs(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages,
+ffi::Error Slabs(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages, Scalar,
                  ffi::RemainingArgs arrays, ffi::Result<Scratch>, ffi::RemainingRets results, Integers plan, int64_t) {
   auto in_place = InPlace(arrays, results);
   if (in_place.has_error()) return in_place.error();
@@ -55,7 +55,7 @@ ffi::Error Slabs(cudaStream_t stream, HostArray host, PageIds device_pages, Page
 }
 
 template <Direction direction, bool is_raw>
-ffi::Error Records(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages,
+ffi::Error Records(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages, Scalar,
                    ffi::RemainingArgs arrays, ffi::Result<Scratch> scratch, ffi::RemainingRets results, Integers plan,
                    int64_t max_blocks) {
   auto in_place = InPlace(arrays, results);

@@ -48,11 +48,12 @@ def call(op, method, device, host, device_pages, host_pages, max_blocks=64):
     _, *arrays = jax.ffi.ffi_call(
         f"peer_{op}_{method}",
         [jax.ShapeDtypeStruct((scratch,), jnp.uint8), *(jax.typeof(a) for a in arrays)],
-        input_output_aliases={3 + i: 1 + i for i in range(len(arrays))},
+        input_output_aliases={4 + i: 1 + i for i in range(len(arrays))},
     )(
         host.array,
         device_pages,
         host_pages,
+        np.int32(0),
         *arrays,
         plan=np.array(plan.integers, np.int64),
         max_blocks=np.int64(max_blocks),

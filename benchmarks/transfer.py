@@ -10,9 +10,8 @@ import functools
 
 import harness
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+import peers
 
 from jax_kvpool import DEFAULT_MAX_BLOCKS, DevicePool, HostPool, PageSpec, host_ids, load, store
 
@@ -85,26 +84,14 @@ def measure(op, spec, per_layer, max_blocks, driver, repeats, rng, is_engine=Fal
 
 
 def measure_plain_jax(op, spec, driver, repeats, rng):
-    """What a user writes without this library: whole layers as pinned arrays, gathered and scattered by XLA."""
     num_pairs = TOTAL_BYTES // spec.payload_bytes
     num_pages = num_pairs + num_pairs // 4
-    pool = [
-        jnp.zeros((num_pages, spec.page_size, *shape), dtype)
-        for shape, dtype in [(s.shape, s.dtype) for s in spec.slabs]
-    ]
-    pages = jax.device_put(rng.permutation(num_pages)[:num_pairs].astype(np.int32))
-    device = jax.devices()[0]
-    pinned, on_device = (SingleDeviceSharding(device, memory_kind=kind) for kind in ("pinned_host", "device"))
-    gather = jax.jit(lambda pool: [p[pages] for p in pool], out_shardings=pinned)
-    scatter = jax.jit(lambda pool, new: [p.at[pages].set(n) for p, n in zip(pool, new, strict=True)], donate_argnums=0)
-    host = gather(pool)
+    device = DevicePool.create(spec, num_pages)
+    step = peers.PlainJax(op.__name__, device, rng.permutation(num_pages)[:num_pairs].astype(np.int32))
     ratios = []
     for _ in range(repeats):
         roof = driver.roof_seconds(op is load)
-        if op is load:
-            seconds, pool = harness.wall_seconds(lambda p: scatter(p, jax.device_put(host, on_device)), pool)
-        else:
-            seconds, host = harness.wall_seconds(lambda _: gather(pool), host)
+        seconds, device = harness.wall_seconds(step, device)
         ratios.append(roof * num_pairs * spec.payload_bytes / driver.num_bytes / seconds)
     return harness.median(ratios[1:])
 

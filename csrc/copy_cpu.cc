@@ -3,8 +3,9 @@
 #include <cstring>
 
 namespace kvpool {
+namespace {
 
-void CopyOnCpu(const PageCopy& copy, Direction direction) {
+void Copy(const PageCopy& copy, Direction direction) {
   const int begin = copy.LayerBegin();
   if (begin < 0) return;
   for (int64_t pair = 0; pair < copy.num_pairs; ++pair) {
@@ -24,6 +25,17 @@ void CopyOnCpu(const PageCopy& copy, Direction direction) {
       }
     }
   }
+}
+
+}  // namespace
+
+std::optional<std::string> CopyOnCpu(std::span<const int64_t> plan, const CopyOperands& operands, Direction direction) {
+  std::vector<Stage> stages;
+  if (auto error = ReadPlan(plan, operands, stages)) return error;
+  for (const Stage& stage : stages) {
+    for (const PageCopy& copy : stage.copies) Copy(copy, direction);
+  }
+  return std::nullopt;
 }
 
 }  // namespace kvpool

@@ -1,10 +1,10 @@
 #pragma once
 
-#include "page_copy.h"
+#include "copy_plan.h"
 
 namespace kvpool {
 
-// Does what `copy` says on the calling thread. All pointers are in host memory.
-void CopyOnCpu(const PageCopy& copy, Direction direction);
+// Copies now. Returns an error if the operands are not those that the plan was made for.
+std::optional<std::string> CopyOnCpu(std::span<const int64_t> plan, const CopyOperands& operands, Direction direction);
 
 }  // namespace kvpool

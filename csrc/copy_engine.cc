@@ -1,7 +1,5 @@
 #include "copy_engine.h"
 
-#include <algorithm>
-
 #include "copy_cuda.h"
 
 namespace kvpool {
@@ -16,15 +14,13 @@ cudaError_t SubmitCopies(std::vector<void*>& targets, std::vector<void*>& source
   attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
   size_t all = 0;
 #if CUDART_VERSION >= 13000
-  const cudaError_t error =
-      cudaMemcpyBatchAsync(const_cast<const void**>(targets.data()), const_cast<const void**>(sources.data()),
-                           sizes.data(), sizes.size(), &attributes, &all, 1, engine);
+  return cudaMemcpyBatchAsync(const_cast<const void**>(targets.data()), const_cast<const void**>(sources.data()),
+                              sizes.data(), sizes.size(), &attributes, &all, 1, engine);
 #else
   size_t failed = 0;
-  const cudaError_t error = cudaMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), sizes.size(),
-                                                 &attributes, &all, 1, &failed, engine);
+  return cudaMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), sizes.size(), &attributes, &all, 1, &failed,
+                              engine);
 #endif
-  return error;
 }
 
 // The copies between the host pool and one half: a few pages that follow each other in the list, and are all valid.

@@ -29,26 +29,27 @@ inline ffi::Error FailedPrecondition(std::string message) {
 // each call takes them and returns them, aliased, and the bytes of a slab in the host pool are touched only by calls
 // on the array that holds the same slab.
 template <typename Binding>
-auto BindCopy(Binding binding) {
+auto BindOperands(Binding& binding) {
   return std::move(binding)
       .template Arg<HostArray>()
       .template Arg<PageIds>()  // device_pages
       .template Arg<PageIds>()  // host_pages
       .template Arg<Scalar>()   // layer
-      .RemainingArgs()          // the arrays of the device pool
-      .RemainingRets()          // the same arrays
+      .RemainingArgs();         // the arrays of the device pool
+}
+
+template <typename Binding>
+auto BindCopy(Binding binding) {
+  return BindOperands(binding)
+      .RemainingRets()  // the same arrays
       .template Attr<Integers>("plan")
       .template Attr<int64_t>("max_blocks");
 }
 
-// As BindCopy, for page ids in host memory, which may be read when the call is made.
+// For page ids in host memory, which may be read when the call is made. The layer is not: it is 0.
 template <typename Binding>
 auto BindCopyByEngine(Binding binding) {
-  return std::move(binding)
-      .template Arg<HostArray>()
-      .template Arg<PageIds>()  // device_pages
-      .template Arg<PageIds>()  // host_pages
-      .RemainingArgs()          // the arrays of the device pool
+  return BindOperands(binding)
       .template Ret<Scratch>()
       .RemainingRets()  // the same arrays
       .template Attr<Integers>("plan")
@@ -136,19 +137,6 @@ inline ffi::ErrorOr<CopyOperands> CheckOperands(const LiveMemory& live, const Ho
       .layer = layer,
       .num_pairs = static_cast<int64_t>(device_pages.element_count()),
   };
-}
-
-// Calls run(const PageCopy&) -> std::optional<std::string> error for every copy of `plan`.
-template <typename Run>
-ffi::Error RunCopies(const CopyOperands& operands, Integers plan, Run run) {
-  std::vector<Stage> stages;
-  if (const auto error = ReadPlan(AsSpan(plan), operands, stages)) return FailedPrecondition(*error);
-  for (const Stage& stage : stages) {
-    for (const PageCopy& copy : stage.copies) {
-      if (const auto error = run(copy)) return FailedPrecondition(*error);
-    }
-  }
-  return ffi::Error::Success();
 }
 
 }  // namespace kvpool

@@ -7,10 +7,8 @@ namespace kvpool {
 namespace {
 
 ffi::Error CopyNow(const CopyOperands& operands, Direction direction, Integers plan) {
-  return RunCopies(operands, plan, [&](const PageCopy& copy) -> std::optional<std::string> {
-    CopyOnCpu(copy, direction);
-    return std::nullopt;
-  });
+  const auto error = CopyOnCpu(AsSpan(plan), operands, direction);
+  return error ? FailedPrecondition(*error) : ffi::Error::Success();
 }
 
 template <Direction direction>
@@ -22,13 +20,12 @@ ffi::Error CopyCpu(HostArray host, PageIds device_pages, PageIds host_pages, Sca
   return CopyNow(*operands, direction, plan);
 }
 
+// There is no copy engine: ids in host memory are ids.
 template <Direction direction>
-ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pages, ffi::RemainingArgs arrays,
-                           ffi::Result<Scratch> /*scratch*/, ffi::RemainingRets results, Integers plan,
-                           int64_t /*max_blocks*/) {
-  auto operands = CheckOperands(GetLiveMemory(), host, device_pages, host_pages, nullptr, arrays, results, plan);
-  if (operands.has_error()) return operands.error();
-  return CopyNow(*operands, direction, plan);
+ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer,
+                           ffi::RemainingArgs arrays, ffi::Result<Scratch> /*scratch*/, ffi::RemainingRets results,
+                           Integers plan, int64_t max_blocks) {
+  return CopyCpu<direction>(host, device_pages, host_pages, layer, arrays, results, plan, max_blocks);
 }
 
 // Copies at once.

@@ -23,6 +23,13 @@ ffi::Error CudaFailed(const char* what, cudaError_t error) {
   return FailedPrecondition(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+cudaError_t LaunchAll(const Stage& stage, Direction direction, int64_t max_blocks, cudaStream_t stream) {
+  for (const PageCopy& copy : stage.copies) {
+    if (const cudaError_t error = LaunchCopy(copy, direction, max_blocks, stream)) return error;
+  }
+  return cudaSuccess;
+}
+
 template <Direction direction>
 ffi::Error CopyCuda(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer,
                     ffi::RemainingArgs arrays, ffi::RemainingRets results, Integers plan, int64_t max_blocks) {
@@ -30,21 +37,17 @@ ffi::Error CopyCuda(cudaStream_t stream, HostArray host, PageIds device_pages, P
   auto operands =
       CheckOperands(*live_memory, host, device_pages, host_pages, layer.typed_data(), arrays, results, plan);
   if (operands.has_error()) return operands.error();
-  return RunCopies(*operands, plan, [&](const PageCopy& copy) -> std::optional<std::string> {
-    const cudaError_t error = LaunchCopy(copy, direction, max_blocks, stream);
-    if (error == cudaSuccess) return std::nullopt;
-    return std::string("launching the copy: ") + cudaGetErrorString(error);
-  });
+  std::vector<Stage> stages;
+  if (const auto error = ReadPlan(AsSpan(plan), *operands, stages)) return FailedPrecondition(*error);
+  for (const Stage& stage : stages) {
+    if (const cudaError_t error = LaunchAll(stage, direction, max_blocks, stream)) {
+      return CudaFailed("launching the copy", error);
+    }
+  }
+  return ffi::Error::Success();
 }
 
 // ---- Ids that the CPU can read, and copies beside the compute stream ----
-
-cudaError_t LaunchAll(const Stage& stage, Direction direction, int64_t max_blocks, cudaStream_t stream) {
-  for (const PageCopy& copy : stage.copies) {
-    if (const cudaError_t error = LaunchCopy(copy, direction, max_blocks, stream)) return error;
-  }
-  return cudaSuccess;
-}
 
 // One direction of a call: its pairs, and how they are moved.
 class Transfer {
@@ -59,6 +62,7 @@ class Transfer {
 
   // Decides who moves the pages: the copy engine those stages that have spans, if the CPU can read the ids it needs.
   std::optional<std::string> Read(Integers plan, cudaStream_t stream) {
+    if (IsEmpty()) return std::nullopt;
     const int64_t ids_bytes = operands_.num_pairs * static_cast<int64_t>(sizeof(int32_t));
     const int64_t staging_bytes = scratch_.bytes - 2 * ids_bytes;
     if (staging_bytes < 0) return ReadPlan(AsSpan(plan), operands_, stages_);
@@ -109,14 +113,13 @@ class Transfer {
 
 template <Direction direction>
 ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages,
-                            ffi::RemainingArgs arrays, ffi::Result<Scratch> scratch, ffi::RemainingRets results,
-                            Integers plan, int64_t max_blocks) {
+                            Scalar /*layer*/, ffi::RemainingArgs arrays, ffi::Result<Scratch> scratch,
+                            ffi::RemainingRets results, Integers plan, int64_t max_blocks) {
   auto operands = CheckOperands(*live_memory, host, device_pages, host_pages, nullptr, arrays, results, plan);
   if (operands.has_error()) return operands.error();
   SideStreams* side = nullptr;
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
   Transfer transfer(direction, *std::move(operands), AsBytes(*scratch), max_blocks);
-  if (transfer.IsEmpty()) return ffi::Error::Success();
   if (const auto error = transfer.Read(plan, stream)) return FailedPrecondition(*error);
   cudaError_t error = cudaSuccess;
   cudaStream_t last = stream;
@@ -130,7 +133,7 @@ ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_
   return CudaFailed("copying", error);
 }
 
-//   XLA's stream   start ------- block 0 -- wait -- block 1 -- wait -- ...        (waits by events)
+//   XLA's stream   start ------- wait, layer 0 -- wait, layer 1 -- ...        (waits by events)
 //   store stream     \ store stage 0 | store stage 1 | ...
 //   load stream       \      load stage 0 | load stage 1 | ...     each after the store of the same stage
 
@@ -185,10 +188,9 @@ ffi::Error StartCuda(cudaStream_t stream, HostArray host, PageIds load_device_pa
   Transfer store(Direction::kStore, *std::move(stored), {data + load_scratch_bytes, store_scratch_bytes}, max_blocks);
   if (const auto error = load.Read(load_plan, stream)) return FailedPrecondition(*error);
   if (const auto error = store.Read(store_plan, stream)) return FailedPrecondition(*error);
-  if (load.num_stages() != store.num_stages()) return FailedPrecondition("plans of different stages");
 
   auto flight = std::make_shared<Flight>();
-  flight->num_stages = load.num_stages();
+  flight->num_stages = wait_stages.back() + 1;
   for (const Bytes& array : load.arrays()) flight->arrays.push_back(array.data);
   flight->wait_stages.assign(wait_stages.begin(), wait_stages.end());
   for (const auto& lost : flights.Start(flight)) side->GiveBack(lost->done);
@@ -205,7 +207,7 @@ ffi::Error WaitForStage(cudaStream_t stream, const std::vector<const void*>& arr
   std::shared_ptr<Flight> flight;
   int64_t stage = 0;
   if (const auto error = flights.Wait(arrays, AsSpan(indices), flight, stage)) return FailedPrecondition(*error);
-  // A stream runs its stages in order: the last event of each direction stands for all before.
+  // Every stage has a wait of its own, and waits come in order.
   const size_t per_stage = flight->done.size() / flight->num_stages;
   for (size_t i = stage * per_stage; i < (stage + 1) * per_stage; ++i) {
     if (const cudaError_t error = cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(flight->done[i]), 0)) {

@@ -17,7 +17,7 @@ namespace kvpool {
 // where a layer's number is known to the device alone.
 struct Flight {
   std::vector<const void*> arrays;   // of the device pool
-  std::vector<int64_t> wait_stages;  // the last stage that the n-th wait waits for
+  std::vector<int64_t> wait_stages;  // the last stage that the n-th wait waits for; all of them occur
   size_t num_waits = 0;              // so far
   size_t num_stages = 1;
   std::vector<void*> done;  // by stage: an event for each direction that is copied
@@ -28,15 +28,17 @@ struct Flight {
 // By the address of each of its arrays: a pool belongs to one step at a time, so these are unique.
 class Flights {
  public:
-  // Returns flights over the same arrays that were never waited for to the end: their step failed.
+  // Returns flights over some of the arrays that were never waited for to the end: their step failed.
   std::vector<std::shared_ptr<Flight>> Start(const std::shared_ptr<Flight>& flight) {
     const std::lock_guard lock(mutex_);
     std::vector<std::shared_ptr<Flight>> lost;
     for (const void* array : flight->arrays) {
-      std::shared_ptr<Flight>& entry = by_array_[array];
-      if (entry && (lost.empty() || lost.back() != entry)) lost.push_back(entry);
-      entry = flight;
+      if (const auto found = by_array_.find(array); found != by_array_.end()) {
+        lost.push_back(found->second);
+        Forget(*lost.back());
+      }
     }
+    for (const void* array : flight->arrays) by_array_[array] = flight;
     return lost;
   }
 
@@ -57,16 +59,15 @@ class Flights {
     }
     if (!flight) return "a wait without an array";
     stage = flight->wait_stages[flight->num_waits++];
-    if (flight->IsOver()) {
-      for (const void* array : flight->arrays) {
-        const auto found = by_array_.find(array);
-        if (found != by_array_.end() && found->second == flight) by_array_.erase(found);
-      }
-    }
+    if (flight->IsOver()) Forget(*flight);
     return std::nullopt;
   }
 
  private:
+  void Forget(const Flight& flight) {
+    for (const void* array : flight.arrays) by_array_.erase(array);
+  }
+
   std::mutex mutex_;
   std::map<const void*, std::shared_ptr<Flight>> by_array_;
 };

@@ -17,7 +17,7 @@
 #include "copy_plan.h"
 #include "ffi_cpu.h"
 #include "host_memory.h"
-#include "id_slots.h"
+#include "id_buffers.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;
@@ -130,29 +130,26 @@ void CopyPages(const std::vector<int64_t>& plan, bool is_load, ByteArray host, c
   for (const ByteArray& array : arrays) {
     operands.arrays.push_back({reinterpret_cast<char*>(array.data()), static_cast<int64_t>(array.size())});
   }
-  std::vector<Stage> stages;
-  if (const auto error = ReadPlan(plan, operands, stages)) throw nb::value_error(error->c_str());
-  for (const Stage& stage : stages) {
-    for (const PageCopy& copy : stage.copies) CopyOnCpu(copy, is_load ? Direction::kLoad : Direction::kStore);
-  }
+  const Direction direction = is_load ? Direction::kLoad : Direction::kStore;
+  if (const auto error = CopyOnCpu(plan, operands, direction)) throw nb::value_error(error->c_str());
 }
 
 // ---- Page ids that the CPU can read ----
 
-struct PyIdSlots {
-  std::shared_ptr<IdSlots> slots;
+struct PyIdBuffers {
+  std::shared_ptr<IdBuffers> buffers;
 };
 
-struct PyIdSlot {
-  std::shared_ptr<char> slot;
+struct PyIdBuffer {
+  std::shared_ptr<char> buffer;
   int64_t num_ids;
 };
 
-// A slot with these ids; None if all are taken.
-std::optional<PyIdSlot> TakeSlot(const PyIdSlots& self, Ids ids) {
-  PyIdSlot taken = {self.slots->Take(), static_cast<int64_t>(ids.size())};
-  if (!taken.slot) return std::nullopt;
-  std::copy_n(ids.data(), ids.size(), reinterpret_cast<int32_t*>(taken.slot.get()));
+// A buffer with these ids; None if all are taken.
+std::optional<PyIdBuffer> TakeBuffer(const PyIdBuffers& self, Ids ids) {
+  PyIdBuffer taken = {self.buffers->Take(), static_cast<int64_t>(ids.size())};
+  if (!taken.buffer) return std::nullopt;
+  std::copy_n(ids.data(), ids.size(), reinterpret_cast<int32_t*>(taken.buffer.get()));
   return taken;
 }
 
@@ -218,21 +215,21 @@ NB_MODULE(_cpu, m) {
           "num_rows"_a, "device"_a)
       .def("close", &Close);
 
-  nb::class_<PyIdSlot>(m, "IdSlot")
+  nb::class_<PyIdBuffer>(m, "IdBuffer")
       .def(
           "dlpack",
-          [](const PyIdSlot& self, std::pair<int, int> device) {
-            return ExportDlpack(self.slot, self.slot.get(), {self.num_ids}, Type::kInteger, 32, device);
+          [](const PyIdBuffer& self, std::pair<int, int> device) {
+            return ExportDlpack(self.buffer, self.buffer.get(), {self.num_ids}, Type::kInteger, 32, device);
           },
           "device"_a);
-  nb::class_<PyIdSlots>(m, "IdSlots")
+  nb::class_<PyIdBuffers>(m, "IdBuffers")
       .def(
           "__init__",
-          [](PyIdSlots* self, const PyHostMemory& memory, int64_t slot_bytes) {
-            new (self) PyIdSlots{std::make_shared<IdSlots>(memory.Get(), slot_bytes)};
+          [](PyIdBuffers* self, const PyHostMemory& memory, int64_t buffer_bytes) {
+            new (self) PyIdBuffers{std::make_shared<IdBuffers>(memory.Get(), buffer_bytes)};
           },
-          "memory"_a, "slot_bytes"_a)
-      .def("take", &TakeSlot, "ids"_a);
+          "memory"_a, "buffer_bytes"_a)
+      .def("take", &TakeBuffer, "ids"_a);
 
   m.def("copy_pages", &CopyPages, "plan"_a, "is_load"_a, "host"_a, "arrays"_a, "device_pages"_a, "host_pages"_a,
         "layer"_a);

@@ -11,10 +11,10 @@ cudaError_t SideStreams::Get(SideStreams*& streams) {
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   const std::lock_guard lock(mutex);
   streams = &(*by_device)[device];
-  return streams->is_created_ ? cudaSuccess : streams->Create(device);
+  return streams->is_created_ ? cudaSuccess : streams->Create();
 }
 
-cudaError_t SideStreams::Create(int device) {
+cudaError_t SideStreams::Create() {
   // Highest priority: a copy needs a few SMs, and needs them now, while a GEMM has thousands of blocks waiting.
   int lowest = 0, highest = 0;
   if (const cudaError_t error = cudaDeviceGetStreamPriorityRange(&lowest, &highest)) return error;
@@ -22,7 +22,6 @@ cudaError_t SideStreams::Create(int device) {
     if (*stream != nullptr) continue;  // made before an earlier attempt failed
     if (const cudaError_t error = cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, highest)) return error;
   }
-  device_ = device;
   is_created_ = true;
   return cudaSuccess;
 }

@@ -19,7 +19,6 @@ class SideStreams {
   cudaStream_t store() const { return store_; }
   cudaStream_t load_engine() const { return load_engine_; }
   cudaStream_t store_engine() const { return store_engine_; }
-  int device() const { return device_; }
 
   // An event that nobody else has, until it is given back. What waits for it then goes on to wait for what it was
   // recorded at.
@@ -33,9 +32,8 @@ class SideStreams {
   cudaError_t Order(cudaStream_t before, cudaStream_t after);
 
  private:
-  cudaError_t Create(int device);
+  cudaError_t Create();
 
-  int device_ = 0;
   bool is_created_ = false;
   cudaStream_t load_ = nullptr, store_ = nullptr, load_engine_ = nullptr, store_engine_ = nullptr;
   std::mutex mutex_;  // of free_

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpool.layout import HOST_LAYOUTS, Layout, PageSpec, Placement, named_layout
-from jax_kvpool.memory import PIECE_BYTES, HostMemory
+from jax_kvpool.memory import PIECE_BYTES, DlpackExport, HostMemory
 
 __all__ = ["HostPool"]
 
@@ -71,28 +72,20 @@ class HostPool:
         placement = layout.place(spec, num_pages)
         if len(placement.array_bytes) != 1 or layout.merges_tokens:
             raise ValueError(f"layout: a host pool is one run of bytes, so all five axes are needed, got {layout}")
-        mesh = device if isinstance(device, Mesh) else Mesh([device or jax.devices()[0]], ("host_pool",))
+        mesh = mesh_of(device)
         memories: list[HostMemory] = []
-        arrays: list[jax.Array] = []
         try:
             for local in mesh.local_devices:
-                is_gpu = local.platform == "gpu"
                 memory = HostMemory(
                     placement.array_bytes[0],
-                    cuda_device=local.local_hardware_id if is_gpu else None,
+                    cuda_device=cuda_ordinal(local),
                     piece_ends=_piece_ends(placement),
                     **memory_options,
                 )
                 memories.append(memory)
-                kind = (_DL_CUDA_HOST if is_gpu else _DL_CPU, local.local_hardware_id)
-                arrays.append(jax.dlpack.from_dlpack(memory.dlpack(num_pages, kind)))
-            sharding = NamedSharding(
-                mesh,
-                PartitionSpec(None, mesh.axis_names),  # type: ignore[no-untyped-call]
-                memory_kind="pinned_host" if mesh.devices.flat[0].platform == "gpu" else None,
-            )
             shape = (num_pages, placement.page_bytes * mesh.size)
-            array = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+            axes = PartitionSpec(None, mesh.axis_names)  # type: ignore[no-untyped-call]
+            array = borrow(mesh, axes, shape, [functools.partial(m.dlpack, num_pages) for m in memories])
         except BaseException:
             for memory in memories:
                 memory.close()
@@ -173,6 +166,32 @@ class HostPool:
 
     def __repr__(self) -> str:
         return f"HostPool({self.num_pages} pages of {self.placement.page_bytes} bytes, {' '.join(self.layout.order)})"
+
+
+def mesh_of(device: jax.Device | Mesh | None) -> Mesh:
+    """A mesh as it is; a device, by default the first, as a mesh of one."""
+    return device if isinstance(device, Mesh) else Mesh([device or jax.devices()[0]], ("host_pool",))
+
+
+def cuda_ordinal(device: jax.Device) -> int | None:
+    return device.local_hardware_id if device.platform == "gpu" else None
+
+
+def borrow(
+    mesh: Mesh,
+    axes: PartitionSpec,
+    shape: tuple[int, ...],
+    exports: Sequence[Callable[[tuple[int, int]], DlpackExport]],
+) -> jax.Array:
+    """An array over memory of ours, `exports[i]` for the i-th local device of the mesh; in `pinned_host` memory on a
+    GPU, which its type shows inside jit."""
+    kind = _DL_CUDA_HOST if mesh.devices.flat[0].platform == "gpu" else _DL_CPU
+    arrays = [
+        jax.dlpack.from_dlpack(export((kind, local.local_hardware_id)))
+        for local, export in zip(mesh.local_devices, exports, strict=True)
+    ]
+    memory_kind = "pinned_host" if kind == _DL_CUDA_HOST else None
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, axes, memory_kind=memory_kind), arrays)
 
 
 def _piece_ends(placement: Placement) -> list[int] | None:

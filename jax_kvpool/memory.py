@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -138,11 +139,11 @@ class HostMemory:
             raise ValueError(f"num_rows: expected a divisor of {self.num_bytes} bytes, got {num_rows}")
         if device[0] not in (1, 3) or (device[0] == 3 and device[1] != self.cuda_device):
             raise ValueError(f"device: this memory is pinned for CUDA device {self.cuda_device}, got {device}")
-        return DlpackExport(self._memory, num_rows, device)
+        return DlpackExport(functools.partial(self._memory.dlpack, num_rows), device)
 
-    def slots(self, slot_bytes: int) -> _cpu.IdSlots:
-        """The memory in pieces of `slot_bytes`, each to be taken by one array of page ids."""
-        return _cpu.IdSlots(self._memory, slot_bytes)
+    def id_buffers(self, buffer_bytes: int) -> _cpu.IdBuffers:
+        """The memory as buffers of `buffer_bytes`, each to be taken by one array of page ids."""
+        return _cpu.IdBuffers(self._memory, buffer_bytes)
 
     def close(self) -> None:
         """Ends the use of the memory: handlers refuse it from now on, and it is unmapped as soon as no array looks at
@@ -157,16 +158,16 @@ class HostMemory:
 
 
 class DlpackExport:
-    """What `jax.dlpack.from_dlpack` takes; see `HostMemory.dlpack`."""
+    """What `jax.dlpack.from_dlpack` takes: makes a capsule for `device`; see `HostMemory.dlpack`."""
 
-    def __init__(self, memory: _cpu.HostMemory, num_rows: int, device: tuple[int, int]) -> None:
-        self._memory, self._num_rows, self._device = memory, num_rows, device
+    def __init__(self, export: Callable[[tuple[int, int]], object], device: tuple[int, int]) -> None:
+        self._export, self._device = export, device
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._device
 
     def __dlpack__(self, **_: Any) -> object:
-        return self._memory.dlpack(self._num_rows, self._device)
+        return self._export(self._device)
 
 
 @contextlib.contextmanager

@@ -120,13 +120,13 @@ def _copy(
     min_span = min_span_bytes(target == LOAD_TARGET, device_pages, host_pages)
     plan = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages, min_span)
     operands = [arrays[i] for i in plan.arrays]
-    others = [device_pages, host_pages, traced_layer]
     scratch = scratch_bytes(plan, device_pages, host_pages)
     if scratch is not None:
         if stages == TRACED_LAYER:
             raise ValueError("layer: a traced layer needs page ids in device memory, not those of host_ids")
-        target, others = _BY_ENGINE[target], [device_pages, host_pages]
-    changed = _call(target, plan.integers, max_blocks, scratch, operands, host.array, *others)
+        target = _BY_ENGINE[target]
+    ids = device_pages, host_pages
+    changed = _call(target, plan.integers, max_blocks, scratch, operands, host.array, *ids, traced_layer)
     for index, array in zip(plan.arrays, changed, strict=True):
         arrays[index] = array
     return device.with_flat_arrays(arrays)
@@ -140,20 +140,21 @@ def _call(
     scratch_bytes: int | None,
     arrays: list[jax.Array],
     host: jax.Array,
-    *others: jax.Array,
+    device_pages: jax.Array,
+    host_pages: jax.Array,
+    layer: jax.Array,
 ) -> list[jax.Array]:
-    """`others`: device_pages, host_pages and, for a kernel, the layer."""
     register_targets()
     scratch = [] if scratch_bytes is None else [jax.core.ShapedArray((scratch_bytes,), np.dtype(np.uint8))]
     call = jax.ffi.ffi_call(
         target,
         [*scratch, *(jax.typeof(a) for a in arrays)],  # with their manual axes, inside shard_map
         # Each array is its own result: in place if donated, and ordered before whatever uses the result.
-        input_output_aliases={1 + len(others) + i: len(scratch) + i for i in range(len(arrays))},
+        input_output_aliases={4 + i: len(scratch) + i for i in range(len(arrays))},
     )
     attributes = {"plan": np.array(plan, np.int64), "max_blocks": np.int64(max_blocks)}
     call = without_transformations(functools.partial(call, **attributes))
-    return fenced(list(call(host, *others, *fenced(arrays)))[len(scratch) :])
+    return fenced(list(call(host, device_pages, host_pages, layer, *fenced(arrays)))[len(scratch) :])
 
 
 def is_on_host(pages: Any) -> bool:
@@ -225,7 +226,7 @@ def in_flight(arrays: Sequence[Any]) -> Iterator[None]:
 def check_pools(device: DevicePool, host: HostPool, max_blocks: int) -> None:
     """Raises `ValueError` unless these pools can be copied between."""
     if any(a is b for a in jax.tree.leaves(device.arrays) for b in _in_flight.get()):
-        raise ValueError("device: pages of this pool are travelling (run_layers); a block may use only its own kv")
+        raise ValueError("device: pages of this pool are travelling (run_layers); apply_layer may use only its own kv")
     if device.spec != host.spec:
         raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
     if max_blocks <= 0:

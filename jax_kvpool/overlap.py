@@ -38,7 +38,7 @@ _MIN_STAGE_BYTES: Final = 4 << 20  # 80 us of the link, against about 5 us for a
 
 
 def run_layers(
-    block: Callable[[Any, X, Any], tuple[X, Any]],
+    apply_layer: Callable[[Any, X, Any], tuple[X, Any]],
     x: X,
     device: DevicePool,
     host: HostPool,
@@ -47,29 +47,29 @@ def run_layers(
     store: tuple[npt.ArrayLike, npt.ArrayLike] = _NO_PAIRS,
     max_blocks: int = DEFAULT_MAX_BLOCKS,
 ) -> tuple[X, DevicePool]:
-    """Runs `block` for every layer, while pages are stored and loaded beside it.
+    """Runs `apply_layer` for every layer, while pages are stored and loaded beside it.
 
     Means exactly
 
         device = jax_kvpool.store(device, host, *store)
         device = jax_kvpool.load(device, host, *load)
         for l in device.spec.layers:
-            x, kv[l] = block(l, x, kv[l])
+            x, kv[l] = apply_layer(l, x, kv[l])
 
-    but on a GPU the copies run on streams of their own, a few layers at a time, and the block of a layer waits for what
-    it needs only. All has arrived when any output of the program is ready. On a CPU the copies come first.
+    but on a GPU the copies run on streams of their own, a few layers at a time, and a layer waits only for what it
+    needs. All has arrived when any output of the program is ready. On a CPU the copies come first.
 
     Call it inside the jitted step, with `device` donated to the step and `host` a plain argument, as `load` and
     `store`. With `host_pages` from `host_ids` the copy engine does most of the work, and disturbs the model least.
 
     Args:
-      block: `(layer, x, kv) -> (x, kv)`, one layer of the model. It may write new tokens into `kv`, and returns it.
-        Where the pool keeps its layers apart, `layer` is an int, `block` is traced once for each, and `kv` is what
-        `device.arrays` has for that layer: `{"k": array, "v": array}` without the names that it lacks, or, if the
-        layout has a `kv` axis, one array. Where the layers are stacked in one array, `layer` is traced and `block` is
-        the body of a `lax.scan`; `kv` is `device.arrays` with all layers, of which `block` is to touch only `layer`.
-      x: what flows through the layers, a pytree of arrays whose shapes and dtypes `block` does not change. The copies
-        start when it is there.
+      apply_layer: `(layer, x, kv) -> (x, kv)`, one layer of the model. It may write new tokens into `kv`, and returns
+        it. Where the pool keeps its layers apart, `layer` is an int, the function is traced once for each, and `kv` is
+        what `device.arrays` has for that layer: `{"k": array, "v": array}` without the names that it lacks, or, if the
+        layout has a `kv` axis, one array. Where the layers are stacked in one array, `layer` is traced and the function
+        is the body of a `lax.scan`; `kv` is `device.arrays` with all layers, of which it is to touch only `layer`.
+      x: what flows through the layers, a pytree of arrays whose shapes and dtypes `apply_layer` does not change. The
+        copies start when it is there.
       device, host: the pools.
       load, store: `(device_pages, host_pages)` of the pages to load and to store; ids as in `jax_kvpool.load`. The load
         comes after the store: a page may be stored and then be the target of a load. By default none.
@@ -79,8 +79,8 @@ def run_layers(
       `(x, device)`.
 
     Raises, when tracing:
-      ValueError, TypeError: as `load`; also if `block` returns another structure, shape or dtype than it was given, if
-        the pool is loaded or stored inside `block`, or outside of jit.
+      ValueError, TypeError: as `load`; also if `apply_layer` returns another structure, shape or dtype than it was
+        given, if the pool is loaded or stored inside it, or outside of jit.
       JaxRuntimeError, from the running step: as `load`; also if XLA copied an array of the pool while pages travelled
         to it, so that they would be lost.
     """
@@ -112,7 +112,7 @@ def run_layers(
     staging, token, arrays, x = _start(attributes, sum(scratch), arrays, x, host.array, ids)
     run = _run_stacked if is_stacked else _run_apart
     with in_flight(jax.tree.leaves(device.arrays)):
-        x, token, arrays = run(block, x, token, device, arrays, stages)
+        x, token, arrays = run(apply_layer, x, token, device, arrays, stages)
     return _finish(x, token, device, arrays, (*ids, staging))
 
 
@@ -135,7 +135,7 @@ def _stages(spec: PageSpec, num_pairs: int, is_by_engine: bool) -> Stages:
 
 
 def _run_apart(
-    block: Any, x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], stages: Stages
+    apply_layer: Any, x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], stages: Stages
 ) -> tuple[Any, jax.Array, list[jax.Array]]:
     """The layers one by one, each with arrays of its own; a wait for each stage."""
     arrays = list(arrays)
@@ -148,14 +148,14 @@ def _run_apart(
         for layer in stage:
             of_layer = {name: i for i, (at, name) in enumerate(keys) if at == layer}
             kv = {name: arrays[i] for name, i in of_layer.items()}
-            x, kv = _checked(block, layer, x, kv.get(None, kv))
+            x, kv = _checked(apply_layer, layer, x, kv.get(None, kv))
             for name, i in of_layer.items():
                 arrays[i] = kv if name is None else kv[name]
     return x, token, arrays
 
 
 def _run_stacked(
-    block: Any, x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], _: Stages
+    apply_layer: Any, x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], _: Stages
 ) -> tuple[Any, jax.Array, list[jax.Array]]:
     """A scan over the layers, with all arrays in the carry."""
     everything = list(range(len(arrays)))
@@ -163,7 +163,7 @@ def _run_stacked(
     def body(carry: Any, layer: jax.Array) -> Any:
         x, token, arrays = carry
         token, arrays = _wait(everything, token, x, arrays)
-        x, kv = _checked(block, layer, x, device.with_flat_arrays(arrays).arrays)
+        x, kv = _checked(apply_layer, layer, x, device.with_flat_arrays(arrays).arrays)
         return (x, token, device.with_arrays(kv).flat_arrays()), None
 
     layers = jnp.arange(len(device.spec.layers), dtype=jnp.int32)
@@ -171,15 +171,15 @@ def _run_stacked(
     return x, token, arrays
 
 
-def _checked(block: Any, layer: Any, x: Any, kv: Any) -> tuple[Any, Any]:
-    """Calls the block. Raises unless what it returns is like what it was given."""
-    result = block(layer, x, kv)
+def _checked(apply_layer: Any, layer: Any, x: Any, kv: Any) -> tuple[Any, Any]:
+    """Applies the layer. Raises unless what it returns is like what it was given."""
+    result = apply_layer(layer, x, kv)
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"block: expected it to return (x, kv), got {type(result)}")
+        raise TypeError(f"apply_layer: expected it to return (x, kv), got {type(result)}")
     for name, given, returned in (("x", x, result[0]), ("kv", kv, result[1])):
         expected, got = (jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (given, returned))
         if expected != got:
-            raise ValueError(f"block: expected it to return {name} as it got it, {expected}, got {got}")
+            raise ValueError(f"apply_layer: expected it to return {name} as it got it, {expected}, got {got}")
     return result[0], result[1]
 
 
@@ -213,28 +213,11 @@ def _start(
     return scratch, token, started[: len(arrays)], jax.tree.unflatten(structure, started[len(arrays) :])
 
 
-def _wait(
-    indices: list[int],
-    token: jax.Array,
-    x: Any,
-    arrays: list[jax.Array],
-    alive: tuple[Any, ...] = (),
-    then: list[jax.Array] | None = None,
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Waits for the next layer, after `x`; returns `(token, arrays)`, or with `then`, `(token, [*arrays, *then])`.
-
-    `indices`: which of the start's arrays these are; none at the end. `alive`: what must not be freed before.
-    """
-    in_place = [*arrays, *(then or []), token]
-    before = [*alive, *(jax.tree.leaves(x) if then is None else [])]
-    call = jax.ffi.ffi_call(
-        WAIT_TARGET,
-        [jax.typeof(a) for a in in_place],
-        input_output_aliases={len(before) + i: i for i in range(len(in_place))},
-    )
-    call = without_transformations(functools.partial(call, arrays=np.array(indices, np.int64)))
-    *done, token = fenced(list(call(*before, *in_place)))
-    return token, done
+def _wait(indices: list[int], token: jax.Array, x: Any, arrays: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """Waits, after `x`, for the next stage, whose arrays are number `indices` of the start's; returns
+    `(token, arrays)`."""
+    *waited, token = _pass_through(indices, jax.tree.leaves(x), [*arrays, token])
+    return token, waited
 
 
 def _finish(
@@ -243,5 +226,16 @@ def _finish(
     """The end. All results come out of one call, so that whoever uses one of them uses all waits, and `alive`, what the
     copies read, is kept until here. (The arrays may be others by now: XLA may copy what has been waited for.)"""
     leaves, structure = jax.tree.flatten(x)
-    _, done = _wait([], token, x, fenced(arrays), alive=alive, then=leaves)
+    *done, _ = _pass_through([], list(alive), [*fenced(arrays), *leaves, token])
     return jax.tree.unflatten(structure, done[len(arrays) :]), device.with_flat_arrays(done[: len(arrays)])
+
+
+def _pass_through(indices: list[int], before: list[Any], in_place: list[jax.Array]) -> list[jax.Array]:
+    """A call of the wait handler: `in_place` goes through it, `before` must be there and may not be freed earlier."""
+    call = jax.ffi.ffi_call(
+        WAIT_TARGET,
+        [jax.typeof(a) for a in in_place],
+        input_output_aliases={len(before) + i: i for i in range(len(in_place))},
+    )
+    call = without_transformations(functools.partial(call, arrays=np.array(indices, np.int64)))
+    return fenced(list(call(*before, *in_place)))

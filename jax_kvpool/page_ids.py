@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from typing import Any, Final
+from typing import Final
 
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jax_kvpool import _cpu
-from jax_kvpool.memory import HostMemory
+from jax_kvpool.host_pool import borrow, cuda_ordinal, mesh_of
+from jax_kvpool.memory import DlpackExport, HostMemory
 
 __all__ = ["host_ids"]
 
-_SLOT_BYTES: Final = 64 << 10  # 16,384 ids
-_BLOCK_BYTES: Final = 4 << 20
+_BUFFER_BYTES: Final = 64 << 10  # 16,384 ids
+_MEMORY_BYTES: Final = 4 << 20
 
 
 def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -> jax.Array:
     """The page ids as an int32 array in pinned memory of ours. With such `host_pages`, the copy engine moves the pages.
 
-    It must know its addresses on the CPU for that. The ids are copied into a slot of a small pinned memory, which is
+    It must know its addresses on the CPU for that. The ids are copied into a buffer of a small pinned memory, which is
     free again once the array is gone, so make one array a step and drop it. Pass it to the jitted step as an argument
     and use it as it is.
 
@@ -44,46 +46,27 @@ def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -
     if ids.size and not -(2**31) <= int(ids.min()) <= int(ids.max()) < 2**31:
         raise ValueError(f"pages: expected int32, got {ids.min()} to {ids.max()}")
     ids = np.ascontiguousarray(ids, np.int32)
-    mesh = device if isinstance(device, Mesh) else Mesh([device or jax.devices()[0]], ("host_pool",))
-    is_gpu = mesh.devices.flat[0].platform == "gpu"
-    sharding = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host" if is_gpu else None)  # type: ignore[no-untyped-call]
-    slot = _take(ids, mesh.local_devices[0].local_hardware_id if is_gpu else None)
-    arrays = [
-        jax.dlpack.from_dlpack(_SlotExport(slot, (3 if is_gpu else 1, local.local_hardware_id)))
-        for local in mesh.local_devices
-    ]
-    return jax.make_array_from_single_device_arrays(ids.shape, sharding, arrays)
-
-
-class _SlotExport:
-    """What `jax.dlpack.from_dlpack` takes."""
-
-    def __init__(self, slot: _cpu.IdSlot, device: tuple[int, int]) -> None:
-        self._slot, self._device = slot, device
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._device
-
-    def __dlpack__(self, **_: Any) -> object:
-        return self._slot.dlpack(self._device)
+    mesh = mesh_of(device)
+    buffer = _take(ids, cuda_ordinal(mesh.local_devices[0]))
+    exports = [functools.partial(DlpackExport, buffer.dlpack)] * len(mesh.local_devices)
+    return borrow(mesh, PartitionSpec(), ids.shape, exports)  # type: ignore[no-untyped-call]
 
 
 _lock = threading.Lock()
-_blocks: dict[tuple[int | None, int], list[_cpu.IdSlots]] = {}
-"""By CUDA device and bytes of a slot. Blocks are added when all slots are taken, and kept."""
+_memories: dict[tuple[int | None, int], list[_cpu.IdBuffers]] = {}
+"""By CUDA device and bytes of a buffer. More are added when all buffers are taken, and kept."""
 
 
-def _take(ids: npt.NDArray[np.int32], cuda_device: int | None) -> _cpu.IdSlot:
-    slot_bytes = _SLOT_BYTES
-    while slot_bytes < ids.nbytes:
-        slot_bytes *= 2
+def _take(ids: npt.NDArray[np.int32], cuda_device: int | None) -> _cpu.IdBuffer:
+    buffer_bytes = _BUFFER_BYTES
+    while buffer_bytes < ids.nbytes:
+        buffer_bytes *= 2
     with _lock:
-        blocks = _blocks.setdefault((cuda_device, slot_bytes), [])
-        for block in blocks:
-            if (slot := block.take(ids)) is not None:
-                return slot
-        memory = HostMemory(max(_BLOCK_BYTES, slot_bytes), cuda_device=cuda_device)
-        blocks.append(memory.slots(slot_bytes))
-        slot = blocks[-1].take(ids)
-        assert slot is not None
-        return slot
+        memories = _memories.setdefault((cuda_device, buffer_bytes), [])
+        for memory in memories:
+            if (buffer := memory.take(ids)) is not None:
+                return buffer
+        memories.append(HostMemory(max(_MEMORY_BYTES, buffer_bytes), cuda_device=cuda_device).id_buffers(buffer_bytes))
+        buffer = memories[-1].take(ids)
+        assert buffer is not None
+        return buffer

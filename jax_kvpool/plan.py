@@ -60,7 +60,7 @@ def _shape(device: SlabPlace, host: SlabPlace, page_size: int) -> _Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
+class _Span:
     """A contiguous part of a page record, which the copy engine moves whole: see csrc/copy_plan.h."""
 
     offset: int
@@ -72,10 +72,10 @@ class Span:
 _STAGED_ALIGNMENT: Final = 256
 
 
-def _spans(stage: list[_Pair], host: Placement, page_size: int, min_span_bytes: int | None) -> list[Span]:
+def _spans(stage: list[_Pair], host: Placement, page_size: int, min_span_bytes: int | None) -> list[_Span]:
     """The parts of the page's records that are the slabs of a stage and nothing else; none if there are no such,
     or if they are too short for the copy engine."""
-    spans: list[Span] = []
+    spans: list[_Span] = []
     staged = 0
     if min_span_bytes is None:
         return []
@@ -89,17 +89,17 @@ def _spans(stage: list[_Pair], host: Placement, page_size: int, min_span_bytes: 
         staged += (begin - staged) % _STAGED_ALIGNMENT  # as wide accesses there as in the record
         if end - begin < min_span_bytes:
             return []
-        spans.append(Span(begin, record.num_bytes, end - begin, staged))
+        spans.append(_Span(begin, record.num_bytes, end - begin, staged))
         staged += end - begin
     return spans
 
 
-def _staged_page_bytes(spans: list[Span]) -> int:
+def _staged_page_bytes(spans: list[_Span]) -> int:
     end = max((span.staged_offset + span.num_bytes for span in spans), default=0)
     return -(-end // _STAGED_ALIGNMENT) * _STAGED_ALIGNMENT
 
 
-def _staged_offset(place: SlabPlace, spans: list[Span]) -> int:
+def _staged_offset(place: SlabPlace, spans: list[_Span]) -> int:
     """Where a slab lies in a staged page."""
     for span in spans:
         if 0 <= place.offset - span.offset < span.num_bytes:

@@ -25,3 +25,11 @@ def device(request):
     if not (gpus := _gpus()):
         pytest.skip("no GPU")
     return gpus[0]
+
+
+@pytest.fixture(params=[pytest.param("gpu", marks=pytest.mark.gpu)])
+def gpu():
+    """A GPU, for what only one can show."""
+    if not (gpus := _gpus()):
+        pytest.skip("no GPU")
+    return gpus[0]

@@ -98,14 +98,14 @@ def test_layers_beside_copies(mesh, layout, is_by_engine, monkeypatch):
     weights = jax.ShapeDtypeStruct((4, 1024, 1024), jnp.bfloat16, sharding=sharding)
 
     def function(pool, host, i, j, x, weights):
-        def block(layer, x, kv):
+        def apply_layer(layer, x, kv):
             at = (layer,) if layout == "stacked" else ()
             x = x @ weights[layer]
             kv = jax.tree.map(lambda a: a.at[(*at, 3)].set(x[:128, :128].reshape(16, 8, 128)), kv)
             read = [a[(*at, i)].reshape(-1, 1024)[:1] for a in kv.values()]
             return x + read[0] * read[1], kv
 
-        return run_layers(block, x, pool, host, load=(i, j), store=(i, j))
+        return run_layers(apply_layer, x, pool, host, load=(i, j), store=(i, j))
 
     text = hlo.compile_for_h100(function, pool, host, ids, ids, x, weights)
     assert hlo.copies_of(text, PAGES * 16 * 1024) == []

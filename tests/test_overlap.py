@@ -34,11 +34,11 @@ def random_pools(spec, layout, device, rng, host_layout="page_first"):
     return pool.with_flat_arrays([jax.device_put(a, device) for a in content]), content, host
 
 
-def block_over(pool):
-    """A block that reads every byte of its layer into x and then writes some of them, in any layout of the device."""
+def layer_over(pool):
+    """A layer that reads every byte of its layer into x and then writes some of them, in any layout of the device."""
     has_layer = "layer" in pool.layout.order
 
-    def block(layer, x, kv):
+    def apply_layer(layer, x, kv):
         def of_layer(a):
             return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) if has_layer else a
 
@@ -48,23 +48,23 @@ def block_over(pool):
         at = (layer,) if has_layer else ()
         return x, jax.tree.map(lambda a: a.at[(*at, ..., 1)].add(x), kv)
 
-    return block
+    return apply_layer
 
 
-def in_order(block, x, device, host, load_pairs, store_pairs):
+def in_order(apply_layer, x, device, host, load_pairs, store_pairs):
     """What the docstring says."""
     device = store(device, host, *store_pairs)
     device = load(device, host, *load_pairs)
     if "layer" in device.layout.order:
         for layer in device.spec.layers:
-            x, kv = block(jnp.int32(layer), x, device.arrays)
+            x, kv = apply_layer(jnp.int32(layer), x, device.arrays)
             device = device.with_arrays(kv)
         return x, device
     keys, arrays = device.placement.array_keys, device.flat_arrays()
     for layer in device.spec.layers:
         of_layer = {name: i for i, (at, name) in enumerate(keys) if at == layer}
         kv = {name: arrays[i] for name, i in of_layer.items()}
-        x, kv = block(layer, x, kv.get(None, kv))
+        x, kv = apply_layer(layer, x, kv.get(None, kv))
         for name, i in of_layer.items():
             arrays[i] = kv if name is None else kv[name]
     return x, device.with_flat_arrays(arrays)
@@ -78,11 +78,9 @@ def check(spec, layout, device, seed, on_host=False, host_layout="page_first", s
     twin = twin.with_flat_arrays([jax.device_put(a.copy(), device) for a in content])
     twin_host = HostPool.create(spec, HOST_PAGES, host_layout, device=device)
     twin_host.memories[0].view(writable=True)[:] = host.memories[0].view()
-    block = block_over(pool)
-    step = jax.jit(
-        lambda x, d, h, lp, sp: run_layers(block, x, d, h, load=lp, store=sp), donate_argnums=1, static_argnums=()
-    )
-    expected = jax.jit(functools.partial(in_order, block), donate_argnums=1)
+    apply_layer = layer_over(pool)
+    step = jax.jit(lambda x, d, h, lp, sp: run_layers(apply_layer, x, d, h, load=lp, store=sp), donate_argnums=1)
+    expected = jax.jit(functools.partial(in_order, apply_layer), donate_argnums=1)
     x = want = jax.device_put(np.int32(1), device)
     for _ in range(steps):
         pairs = []
@@ -92,12 +90,9 @@ def check(spec, layout, device, seed, on_host=False, host_layout="page_first", s
             host_pages[rng.integers(6)] = rng.choice([-1, HOST_PAGES])
             device_pages[rng.integers(6)] = rng.choice([-1, DEVICE_PAGES])
             pairs.append((device_pages, host_pages))
-        put = (lambda ids: host_ids(ids, device=device)) if on_host else (lambda ids: jax.device_put(ids, device))
-        given = [
-            (put(d) if on_host and pair is pairs[1] else jax.device_put(d, device), put(h))
-            for pair in pairs
-            for d, h in [pair]
-        ]
+        to_load, to_store = pairs
+        ids = functools.partial(host_ids if on_host else jax.device_put, device=device)
+        given = ((jax.device_put(to_load[0], device), ids(to_load[1])), tuple(map(ids, to_store)))
         x, pool = step(x, pool, host, *given)
         want, twin = expected(want, twin, twin_host, *pairs)
     np.testing.assert_array_equal(np.asarray(x), np.asarray(want))
@@ -144,12 +139,12 @@ def test_layers_that_differ(device):
             slab[...] = page + layer + (name == "v")
     seen = []
 
-    def block(layer, x, kv):
+    def apply_layer(layer, x, kv):
         seen.append((layer, sorted(kv)))
         return x + sum(a[2].astype(jnp.float32).mean() for a in kv.values()), kv
 
     ids = np.array([2], np.int32), np.array([7], np.int32)
-    step = jax.jit(lambda x, d, h: run_layers(block, x, d, h, load=ids), donate_argnums=1)
+    step = jax.jit(lambda x, d, h: run_layers(apply_layer, x, d, h, load=ids), donate_argnums=1)
     x, pool = step(jnp.float32(0), pool, host)
     assert seen == [(0, ["k", "v"]), (1, ["k", "v"]), (2, ["latent"])]
     assert float(x) == (7 + 8) + (8 + 9) + 9
@@ -166,14 +161,12 @@ def test_nothing_to_copy(device):
         np.testing.assert_array_equal(np.asarray(got), want)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="no GPU")
 @pytest.mark.parametrize("layout", ["per_layer", "stacked"])
-def test_arrays_stay_where_they_are(layout):
-    """(XLA's CPU compiler copies an array that a block reads and then writes.)"""
-    pool, _, host = random_pools(SPECS["gqa"], layout, jax.devices("gpu")[0], np.random.default_rng(0))
+def test_arrays_stay_where_they_are(gpu, layout):
+    """(XLA's CPU compiler copies an array that a layer reads and then writes.)"""
+    pool, _, host = random_pools(SPECS["gqa"], layout, gpu, np.random.default_rng(0))
     ids = np.array([2], np.int32), np.array([7], np.int32)
-    step = jax.jit(lambda x, d, h: run_layers(block_over(d), x, d, h, load=ids, store=ids), donate_argnums=1)
+    step = jax.jit(lambda x, d, h: run_layers(layer_over(d), x, d, h, load=ids, store=ids), donate_argnums=1)
     before = [a.unsafe_buffer_pointer() for a in pool.flat_arrays()]
     _, pool = step(jnp.int32(0), pool, host)
     assert [a.unsafe_buffer_pointer() for a in pool.flat_arrays()] == before
@@ -198,12 +191,12 @@ def test_inside_shard_map(num_shards, layout):
         # Poison; what is not loaded in time is seen.
         device = device.with_arrays(jax.tree.map(lambda a: a.at[...].set(-1), device.arrays))
 
-        def block(layer, x, kv):
+        def apply_layer(layer, x, kv):
             array = kv["k"][layer] if layout == "stacked" else kv["k"]
             want = 100 * host_pages + 10 * layer + jax.lax.axis_index("tp")
             return x + jnp.sum(array[device_pages] != want[:, None, None, None]), kv
 
-        return run_layers(block, x, device, host, load=(device_pages, host_pages))
+        return run_layers(apply_layer, x, device, host, load=(device_pages, host_pages))
 
     specs = jax.tree.map(lambda a: a.sharding.spec, (pool, host))
     ids, of_shards = PartitionSpec(), PartitionSpec("tp")
@@ -223,7 +216,7 @@ def test_inside_shard_map(num_shards, layout):
 
 
 def poisoned_steps(device, layout, on_host, num_steps):
-    """Runs steps that poison all pages, load random ones, a few MB a layer, and count what is not right when a block
+    """Runs steps that poison all pages, load random ones, a few MB a layer, and count what is not right when a layer
     reads it; no wait between the steps. Returns the count."""
     spec = PageSpec.uniform(64, 8, {"k": ((8, 128), "int16"), "v": ((8, 128), "int16")})
     num_pages = 24
@@ -233,7 +226,7 @@ def poisoned_steps(device, layout, on_host, num_steps):
         for (name, layer), slab in host.view(page, writable=True).items():
             slab[...] = 1000 * page + 10 * layer + (name == "v")
 
-    def block(host_pages, device_pages, layer, x, kv):
+    def apply_layer(host_pages, device_pages, layer, x, kv):
         for name, array in kv.items():
             of_layer = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) if layout == "stacked" else array
             want = (1000 * host_pages + 10 * layer + (name == "v")).astype(jnp.int16)
@@ -246,7 +239,7 @@ def poisoned_steps(device, layout, on_host, num_steps):
     def step(x, pool, host, device_pages, host_pages, expected):
         pool = pool.with_arrays(jax.tree.map(lambda a: a.at[...].set(-1), pool.arrays))
         return run_layers(
-            functools.partial(block, expected, device_pages), x, pool, host, load=(device_pages, host_pages)
+            functools.partial(apply_layer, expected, device_pages), x, pool, host, load=(device_pages, host_pages)
         )
 
     rng = np.random.default_rng(0)
@@ -267,28 +260,16 @@ def test_poisoned_steps(device, layout, on_host):
     assert poisoned_steps(device, layout, on_host, 1000 if device.platform == "gpu" else 3) == 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="no GPU")
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("layout", ["per_layer", "stacked"])
-def test_a_left_out_wait_is_seen(monkeypatch, layout, on_host):
-    """The mutant: blocks do not wait, only the end of the step does."""
-    real = overlap._wait
-
-    def mutant(indices, token, x, arrays, alive=(), then=None):
-        if then is None:
-            return token, arrays
-        return real(indices, token, x, arrays, alive, then)
-
-    monkeypatch.setattr(overlap, "_wait", mutant)
-    assert poisoned_steps(jax.devices("gpu")[0], layout, on_host, 3) > 0
+def test_a_left_out_wait_is_seen(gpu, monkeypatch, layout, on_host):
+    """The mutant: layers do not wait, only the end of the step does."""
+    monkeypatch.setattr(overlap, "_wait", lambda indices, token, x, arrays: (token, arrays))
+    assert poisoned_steps(gpu, layout, on_host, 3) > 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="no GPU")
-def test_a_wait_for_another_array_is_refused(monkeypatch):
+def test_a_wait_for_another_array_is_refused(gpu, monkeypatch):
     """As if XLA had copied an array while pages travelled to it."""
-    gpu = jax.devices("gpu")[0]
     pool, _, host = random_pools(SPECS["gqa"], "per_layer", gpu, np.random.default_rng(0))
     ids = np.array([2], np.int32), np.array([7], np.int32)
     real = overlap._start
@@ -298,7 +279,7 @@ def test_a_wait_for_another_array_is_refused(monkeypatch):
         return scratch, token, [a + 1 for a in arrays], x
 
     monkeypatch.setattr(overlap, "_start", copying)
-    step = jax.jit(lambda x, d, h: run_layers(block_over(d), x, d, h, load=ids))
+    step = jax.jit(lambda x, d, h: run_layers(layer_over(d), x, d, h, load=ids))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"another array than it is loaded into|updated in place"):
         jax.block_until_ready(step(jnp.int32(0), pool, host))
 
@@ -306,20 +287,20 @@ def test_a_wait_for_another_array_is_refused(monkeypatch):
 # ---- What tracing refuses ----
 
 
-def refused(match, block=None, pool=None, error=ValueError, **pairs):
+def refused(match, apply_layer=None, pool=None, error=ValueError, **pairs):
     pool = pool or DevicePool.create(SPECS["gqa"], DEVICE_PAGES)
     host = HostPool.create(SPECS["gqa"], HOST_PAGES)
     with pytest.raises(error, match=match):
-        jax.jit(lambda x, d, h: run_layers(block or block_over(d), x, d, h, **pairs))(jnp.int32(0), pool, host)
+        jax.jit(lambda x, d, h: run_layers(apply_layer or layer_over(d), x, d, h, **pairs))(jnp.int32(0), pool, host)
 
 
 def test_refusals():
     ids = np.zeros(2, np.int32)
     refused(r"store\[1\]: expected 2 ids, as store\[0\] has, got 1", store=(ids, ids[:1]))
     refused(r"load\[0\]: expected int32", error=TypeError, load=(ids.astype(np.int64), ids))
-    refused("expected it to return x as it got it", block=lambda layer, x, kv: (x.astype(jnp.float32), kv))
-    refused("expected it to return kv as it got it", block=lambda layer, x, kv: (x, {"k": kv["k"]}))
-    refused(r"expected it to return \(x, kv\)", error=TypeError, block=lambda layer, x, kv: x)
+    refused("expected it to return x as it got it", apply_layer=lambda layer, x, kv: (x.astype(jnp.float32), kv))
+    refused("expected it to return kv as it got it", apply_layer=lambda layer, x, kv: (x, {"k": kv["k"]}))
+    refused(r"expected it to return \(x, kv\)", error=TypeError, apply_layer=lambda layer, x, kv: x)
     other = DevicePool.create(SPECS["mla"], DEVICE_PAGES)
     refused("PageSpec differs", pool=other)
 
@@ -330,11 +311,11 @@ def test_a_pool_in_use_is_refused():
     ids = np.zeros(1, np.int32)
 
     def step(op, x, pool, host):
-        def block(layer, x, kv):
+        def apply_layer(layer, x, kv):
             op(pool, host)
             return x, kv
 
-        return run_layers(block, x, pool, host, load=(ids, ids))
+        return run_layers(apply_layer, x, pool, host, load=(ids, ids))
 
     for op in (
         lambda pool, host: load(pool, host, ids, ids),

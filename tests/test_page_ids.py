@@ -18,17 +18,17 @@ def test_they_are_the_ids(device):
         assert ids.sharding.memory_kind == ("pinned_host" if device.platform == "gpu" else "device")
 
 
-def test_slots_are_used_again(device):
-    """As long as an array lives, nobody else has its slot."""
-    kept = [host_ids([i], device=device) for i in range(200)]  # more than a block has slots
-    blocks = {key: len(found) for key, found in page_ids._blocks.items()}
+def test_buffers_are_used_again(device):
+    """As long as an array lives, nobody else has its buffer."""
+    kept = [host_ids([i], device=device) for i in range(200)]  # more than a memory has buffers
+    memories = {key: len(found) for key, found in page_ids._memories.items()}
     for i in range(1000):
         host_ids([-i], device=device)
     assert [int(np.asarray(ids)[0]) for ids in kept] == list(range(200))
     del kept
     for i in range(1000):
         assert np.asarray(host_ids([i], device=device)).tolist() == [i]
-    assert {key: len(found) for key, found in page_ids._blocks.items()} == blocks
+    assert {key: len(found) for key, found in page_ids._memories.items()} == memories
 
 
 def test_bad_ids():
@@ -107,9 +107,7 @@ def test_records_too_small_for_the_copy_engine(device):
 
 
 @pytest.mark.usefixtures("small_halves")
-@pytest.mark.gpu
-@pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="no GPU")
-def test_ids_in_pinned_memory_that_is_not_ours():
+def test_ids_in_pinned_memory_that_is_not_ours(device):
     """A kernel must move the pages: somebody may still be writing these ids."""
 
     def foreign(pages, device):
@@ -118,8 +116,7 @@ def test_ids_in_pinned_memory_that_is_not_ours():
             pages, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(), memory_kind="pinned_host")
         )
 
-    gpu = jax.devices("gpu")[0]
-    check(oracle.SPECS["gqa"](4), "per_layer", "page_first", gpu, np.random.default_rng(4), make_ids=foreign)
+    check(oracle.SPECS["gqa"](4), "per_layer", "page_first", device, np.random.default_rng(4), make_ids=foreign)
 
 
 def test_ids_that_are_dropped_at_once(device):
@@ -145,11 +142,9 @@ def test_ids_that_are_dropped_at_once(device):
     assert int(wrong) == 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not any(d.platform == "gpu" for d in jax.devices()), reason="no GPU")
-def test_a_traced_layer_is_refused():
+def test_a_traced_layer_is_refused(gpu):
     spec = oracle.SPECS["gqa"](4)
-    pool, host = DevicePool.create(spec, 4), HostPool.create(spec, 4)
-    ids, on_device = host_ids([1]), np.array([1], np.int32)
+    pool, host = DevicePool.create(spec, 4, device=gpu), HostPool.create(spec, 4, device=gpu)
+    ids, on_device = host_ids([1], device=gpu), np.array([1], np.int32)
     with pytest.raises(ValueError, match="a traced layer needs page ids in device memory"):
         jax.jit(lambda p, h, i, j, at: load(p, h, i, j, layer=at))(pool, host, on_device, ids, 1)
