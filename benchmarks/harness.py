@@ -15,42 +15,58 @@ from jax_kvpool import HostMemory
 
 
 class Driver:
-    """The few driver calls that measure the roof: one contiguous cuMemcpyAsync between pinned and device memory."""
+    """The few driver calls that measure the roof: contiguous cuMemcpyAsync between pinned and device memory."""
 
     def __init__(self, num_bytes):
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self.num_bytes = num_bytes
-        context, self._target = ctypes.c_void_p(), ctypes.c_void_p()
+        context = ctypes.c_void_p()
         self._call("cuInit", 0)
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
         self._call("cuCtxSetCurrent", context)
-        self._call("cuMemAlloc_v2", ctypes.byref(self._target), ctypes.c_size_t(num_bytes))
-        self._events = [ctypes.c_void_p() for _ in range(2)]
-        for event in self._events:
-            self._call("cuEventCreate", ctypes.byref(event), 0)
-        self._memory = HostMemory(num_bytes, cuda_device=0)
+        self._events = [self._new("cuEventCreate", 0) for _ in range(3)]
+        self._streams, self._on_device, self._on_host = {}, {}, {}
+        for direction in ("load", "store"):
+            self._streams[direction] = self._new("cuStreamCreate", 1)
+            self._on_device[direction] = self._new("cuMemAlloc_v2", ctypes.c_size_t(num_bytes))
+            self._on_host[direction] = HostMemory(num_bytes, cuda_device=0)
 
     def _call(self, name, *arguments):
         if error := getattr(self._cuda, name)(*arguments):
             raise RuntimeError(f"{name}: CUresult {error}")
 
-    def roof_seconds(self, is_load, num_bytes=None):
-        """Seconds that one contiguous copy of num_bytes, at most self.num_bytes, takes on the GPU's clock."""
-        host, size = ctypes.c_void_p(self._memory.address), ctypes.c_size_t(num_bytes or self.num_bytes)
-        self._call("cuEventRecord", self._events[0], None)
-        if is_load:
-            self._call("cuMemcpyHtoDAsync_v2", self._target, host, size, None)
-        else:
-            self._call("cuMemcpyDtoHAsync_v2", host, self._target, size, None)
-        self._call("cuEventRecord", self._events[1], None)
-        self._call("cuEventSynchronize", self._events[1])
+    def _new(self, name, argument):
+        made = ctypes.c_void_p()
+        self._call(name, ctypes.byref(made), argument)
+        return made
+
+    def roof_seconds(self, direction, num_bytes=None):
+        """Seconds that one contiguous copy of num_bytes, at most self.num_bytes, takes on the GPU's clock. `direction`:
+        "load", "store", or "both" for one of each at the same time."""
+        begin, end, other_end = self._events
+        first, *others = ["load", "store"] if direction == "both" else [direction]
+        main = self._streams[first]
+        self._call("cuEventRecord", begin, main)
+        for other in others:
+            self._call("cuStreamWaitEvent", self._streams[other], begin, 0)
+            self._copy(other, num_bytes or self.num_bytes)
+            self._call("cuEventRecord", other_end, self._streams[other])
+        self._copy(first, num_bytes or self.num_bytes)
+        for _ in others:
+            self._call("cuStreamWaitEvent", main, other_end, 0)
+        self._call("cuEventRecord", end, main)
+        self._call("cuEventSynchronize", end)
         milliseconds = ctypes.c_float()
-        self._call("cuEventElapsedTime", ctypes.byref(milliseconds), *self._events)
+        self._call("cuEventElapsedTime", ctypes.byref(milliseconds), begin, end)
         return milliseconds.value / 1e3
 
-    def close(self):
-        self._call("cuMemFree_v2", self._target)
-        self._memory.close()
+    def _copy(self, direction, num_bytes):
+        on_device, stream = self._on_device[direction], self._streams[direction]
+        on_host, size = ctypes.c_void_p(self._on_host[direction].address), ctypes.c_size_t(num_bytes)
+        if direction == "load":
+            self._call("cuMemcpyHtoDAsync_v2", on_device, on_host, size, stream)
+        else:
+            self._call("cuMemcpyDtoHAsync_v2", on_host, on_device, size, stream)
 
 
 def wall_seconds(function, state):

@@ -1,26 +1,29 @@
-"""Loads beside a model in one jitted step: what it costs, against the model and the load alone.
+"""Loads and stores beside a model in one jitted step: what each costs the other.
 
-    python benchmarks/interference.py [--json FILE]
+    python benchmarks/interference.py [--json FILE] [--models gemms prefill-1024 prefill-64]
 
 Time of a step is that of 4 dispatched one after another, divided by 4; the programs run in turn, and ratios are medians
-over the rounds. Before that, x and the loaded pages are checked: into poison, and where everything is there already.
+over the rounds. `of max` is the slowdown of the longer of the two, the model or the copy, by the shorter one. Before
+that, x and the pages are checked: loads into poison, stores into zeros.
 """
 
-import itertools
 import time
 
 import harness
 import jax
+import jax.numpy as jnp
 import models
 import numpy as np
 
-from jax_kvpool import DEFAULT_MAX_BLOCKS, DevicePool, HostPool, host_ids, load, run_layers
+from jax_kvpool import DevicePool, HostPool, host_ids, load, run_layers, store
 
 STEPS = 4
+MODELS = {"gemms": models.Gemms(), "prefill-1024": models.Llama8B(), "prefill-64": models.Llama8B(num_new=64)}
 
 
-def programs(model, layout, max_blocks):
-    """`name -> step(device, host, weights, x, pages, host_pages)`, each returning `(x, device)`."""
+def programs(model, layout, op=load, max_blocks=None):
+    """`name -> step(device, host, weights, x, pages, pairs)`, each returning `(x, device)`. `pages` are for the model,
+    `pairs` for the copy."""
     is_stacked = layout == "stacked"
 
     def layer_of(weights, pages):
@@ -32,7 +35,7 @@ def programs(model, layout, max_blocks):
 
         return apply_layer
 
-    def model_only(device, host, weights, x, pages, host_pages):
+    def model_only(device, host, weights, x, pages, pairs):
         """Without any call of ours."""
         apply_layer = layer_of(weights, pages)
         if is_stacked:
@@ -50,96 +53,117 @@ def programs(model, layout, max_blocks):
                 arrays[n][layer] = a
         return x, device.with_arrays(arrays)
 
-    def overlapped(device, host, weights, x, pages, host_pages):
-        pairs = pages[: len(host_pages)], host_pages
-        return run_layers(layer_of(weights, pages), x, device, host, load=pairs, max_blocks=max_blocks)
+    def overlapped(device, host, weights, x, pages, pairs):
+        beside = {op.__name__: pairs}
+        return run_layers(layer_of(weights, pages), x, device, host, **beside, max_blocks=max_blocks)
 
-    def waits_only(device, host, weights, x, pages, host_pages):
+    def waits_only(device, host, weights, x, pages, pairs):
         """Nothing is copied."""
-        nothing = jax.numpy.full(host_pages.shape, -1, jax.numpy.int32)
-        pairs = pages[: len(host_pages)], nothing
-        return run_layers(layer_of(weights, pages), x, device, host, load=pairs, max_blocks=max_blocks)
+        return overlapped(device, host, weights, x, pages, (pairs[0], jnp.full(pairs[1].shape, -1, jnp.int32)))
 
-    def load_then_model(device, host, weights, x, pages, host_pages):
-        device = load(device, host, pages[: len(host_pages)], host_pages, max_blocks=max_blocks)
-        return model_only(device, host, weights, x, pages, host_pages)
+    def copy_only(device, host, weights, x, pages, pairs):
+        return x, op(device, host, *pairs, max_blocks=max_blocks)
 
-    def load_only(device, host, weights, x, pages, host_pages):
-        return x, load(device, host, pages[: len(host_pages)], host_pages, max_blocks=max_blocks)
-
-    found = [model_only, waits_only, load_only, load_then_model, overlapped]
-    return {f.__name__: jax.jit(f, donate_argnums=0) for f in found}
+    return {f.__name__: jax.jit(f, donate_argnums=0) for f in (model_only, waits_only, copy_only, overlapped)}
 
 
-def measure(model, layout, max_blocks, num_pairs, rounds, rng, is_engine=False):
-    num_pages = num_pairs + num_pairs // 2
-    device = DevicePool.create(model.spec, num_pages, layout)
-    host = HostPool.create(model.spec, num_pages)
-    flat = host.memories[0].view(writable=True)
-    content = rng.standard_normal(1 << 20).astype("bfloat16").view(np.uint8)
-    flat[:] = np.resize(content, flat.shape)
-    pages = rng.permutation(num_pages).astype(np.int32)
-    host_pages = rng.permutation(num_pages)[:num_pairs].astype(np.int32)
-    steps = programs(model, layout, max_blocks)
-    weights, x = model.weights(layout == "stacked"), model.input()
-    if isinstance(model, models.Llama8B):
-        pages = pages[: num_pairs + model.num_new // model.page_size]
-    page_list = host_pages
-    pages, host_pages = jax.device_put(pages), host_ids(host_pages) if is_engine else jax.device_put(host_pages)
-
-    def run(name, device):
-        return steps[name](device, host, weights, x, pages, host_pages)
-
-    # Equal, before anything is timed: into poison, and where everything is there already.
-    poisoned = jax.jit(lambda d: jax.tree.map(lambda a: jax.numpy.full_like(a, np.nan), d), donate_argnums=0)
-    got, device = run("overlapped", poisoned(device))
-    want, device = run("overlapped", run("load_only", device)[1])
+def check(op, run, device, host, page_lists, spec):
+    """Every byte of some layers of all pages, and x: as where everything was there before."""
+    if op is load:
+        device = jax.jit(lambda d: jax.tree.map(lambda a: jnp.full_like(a, np.nan), d), donate_argnums=0)(device)
+    else:
+        for page in page_lists[1]:
+            host.record(int(page), writable=True)[:] = 0
+    got, device = run("overlapped", device)
+    want, device = run("overlapped", device)
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     assert np.isfinite(np.asarray(got, np.float32)).all()
-    for page, at in zip(np.asarray(pages), page_list, strict=False):
-        for name in model.spec.names:
-            for layer in {0, 1, model.num_layers - 1}:
-                have = np.asarray(device.arrays[name][layer][page]).view(np.uint8)
-                np.testing.assert_array_equal(have, host.slab(int(at), name, layer).view(np.uint8))
+    for name in spec.names:
+        for layer in {0, 1, spec.layers[-1]}:
+            in_device = np.asarray(device.arrays[name][layer])
+            for device_page, host_page in zip(*page_lists, strict=True):
+                in_host = host.slab(int(host_page), name, layer).view(np.uint8)
+                assert in_host.any()
+                np.testing.assert_array_equal(in_device[device_page].view(np.uint8), in_host)
+    return device
 
-    for name in steps:
-        _, device = run(name, device)
-    samples = {name: [] for name in steps}
+
+def filled(model, layout, num_pages, rng):
+    """A device pool and a host pool full of numbers that a model can bear."""
+    device, host = DevicePool.create(model.spec, num_pages, layout), HostPool.create(model.spec, num_pages)
+    flat = host.memories[0].view(writable=True)
+    flat[:] = np.resize(rng.standard_normal(1 << 20).astype("bfloat16").view(np.uint8), flat.shape)
+    return load(device, host, np.arange(num_pages, dtype=np.int32), np.arange(num_pages, dtype=np.int32)), host
+
+
+def measure(name, layout, max_blocks, num_pairs, rounds, rng):
+    model = MODELS[name]
+    num_pages = num_pairs + num_pairs // 2
+    device, host = filled(model, layout, num_pages, rng)
+    order = rng.permutation(num_pages).astype(np.int32)
+    page_lists = order[:num_pairs], rng.permutation(num_pages)[:num_pairs].astype(np.int32)
+    num_new = model.num_new // model.page_size if isinstance(model, models.Llama8B) else 0
+    weights, x, pages = model.weights(layout == "stacked"), model.input(), jax.device_put(order[: num_pairs + num_new])
+    steps, ways = {}, {}
+    for op in (load, store):
+        for kind, put in (("device", jax.device_put), ("host_ids", host_ids)):
+            of_op = programs(model, layout, op, max_blocks)
+            pairs = put(page_lists[0]), put(page_lists[1])
+
+            def run(name, device, of_op=of_op, pairs=pairs):
+                return of_op[name](device, host, weights, x, pages, pairs)
+
+            device = check(op, run, device, host, page_lists, model.spec)
+            ways[op.__name__, kind] = run
+    steps = {(way, program): run for way, run in ways.items() for program in ("copy_only", "overlapped")}
+    alone = ways["load", "device"]
+    steps |= {(None, program): alone for program in ("model_only", "waits_only")}
+    samples = {step: [] for step in steps}
+    for _, device in (run(program, device) for (_, program), run in steps.items()):
+        jax.block_until_ready(device)
     for _ in range(rounds):
-        for name, times in samples.items():
+        for step, times in samples.items():
             jax.block_until_ready(device)
             begin = time.perf_counter()
             for _ in range(STEPS):
-                _, device = run(name, device)
+                _, device = steps[step](step[1], device)
             jax.block_until_ready(device)
-            times.append((time.perf_counter() - begin) / STEPS)
+            times.append((time.perf_counter() - begin) / STEPS * 1e3)
     host.close()
-    best = [max(a, b) for a, b in zip(samples["model_only"], samples["load_only"], strict=True)]
-    ratio = harness.median([o / b for o, b in zip(samples["overlapped"], best, strict=True)])
-    return {
-        "model": type(model).__name__,
-        "layout": layout,
-        "ids": "host_ids" if is_engine else "device",
-        "blocks": max_blocks,
-        **{f"{n} ms": harness.median(t) * 1e3 for n, t in samples.items()},
-        "of max": ratio,
-    }
+
+    def rows():
+        for (op, kind), copies in ((way, samples[way, "copy_only"]) for way in ways):
+            best = [max(of) for of in zip(samples[None, "model_only"], copies, strict=True)]
+            beside = samples[(op, kind), "overlapped"]
+            yield {
+                "model": name,
+                "layout": layout,
+                "op": op,
+                "ids": kind,
+                "blocks": max_blocks or "default",
+                "model ms": harness.median(samples[None, "model_only"]),
+                "waits only ms": harness.median(samples[None, "waits_only"]),
+                "copy ms": harness.median(copies),
+                "overlapped ms": harness.median(beside),
+                "of max": harness.median([b / m for b, m in zip(beside, best, strict=True)]),
+            }
+
+    return list(rows())
 
 
 def main():
     arguments = harness.parser(__doc__)
-    arguments.add_argument("--blocks", type=int, nargs="+", default=[DEFAULT_MAX_BLOCKS])
+    arguments.add_argument("--blocks", type=int, nargs="+", default=[None])
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--models", nargs="+", default=["Gemms", "Llama8B"])
+    arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     args = arguments.parse_args()
     rng = np.random.default_rng(0)
     rows = []
     for name in args.models:
-        model = getattr(models, name)()
         for layout in ("per_layer", "stacked"):
-            for blocks, is_engine in itertools.product(args.blocks, (False, True)):
-                rows.append(measure(model, layout, blocks, 128, args.rounds, rng, is_engine))
-                print(rows[-1], flush=True)
+            for blocks in args.blocks:
+                rows += measure(name, layout, blocks, 128, args.rounds, rng)
+                print(*rows[-4:], sep="\n", flush=True)
     harness.report(rows, args.json)
 
 

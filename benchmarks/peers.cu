@@ -1,14 +1,19 @@
 // What else a user could call from an FFI handler, for the same work and with the same operands as
-// jax_kvpool_load_by_engine and jax_kvpool_store_by_engine. Both page-id arrays must be in host memory.
+// jax_kvpool_load_by_engine and jax_kvpool_store_by_engine. Both page-id arrays must be in host memory, but for `bulk`.
 //   slabs:   cudaMemcpyBatchAsync, an entry for each slab, straight between the pools
 //   records: one cudaMemcpyAsync for each record, to or from a staging buffer for all, and one scatter or gather
 //   raw:     only the copies of `records`: nothing arrives in the layers
+//   bulk:    no rival, but a candidate of ours: the kernel of bulk.cu; page ids in device memory
 #include <cuda_runtime.h>
 
 #include "../csrc/copy_cuda.h"
 #include "../csrc/ffi_copy.h"
 
 namespace kvpool {
+
+// As LaunchCopy, in bulk.cu. An error unless everything is a multiple of 16 bytes.
+cudaError_t LaunchBulk(const PageCopy& copy, Direction direction, int64_t max_blocks, cudaStream_t stream);
+
 namespace {
 
 std::string Say(cudaError_t error) { return cudaGetErrorString(error); }
@@ -81,15 +86,34 @@ ffi::Error Records(cudaStream_t stream, HostArray host, PageIds device_pages, Pa
   return error ? FailedPrecondition("records: " + Say(error)) : ffi::Error::Success();
 }
 
+template <Direction direction>
+ffi::Error Bulk(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer,
+                ffi::RemainingArgs arrays, ffi::Result<Scratch>, ffi::RemainingRets results, Integers plan,
+                int64_t max_blocks) {
+  auto in_place = InPlace(arrays, results);
+  if (in_place.has_error()) return in_place.error();
+  CopyOperands operands = Operands(host, device_pages, host_pages, *std::move(in_place));
+  operands.layer = layer.typed_data();  // as our kernel has it
+  std::vector<Stage> stages;
+  if (const auto error = ReadPlan(AsSpan(plan), operands, stages)) return FailedPrecondition(*error);
+  for (const PageCopy& copy : stages[0].copies) {
+    const cudaError_t error = LaunchBulk(copy, direction, max_blocks, stream);
+    if (error != cudaSuccess) return FailedPrecondition("bulk: " + Say(error));
+  }
+  return ffi::Error::Success();
+}
+
 auto Bind() { return BindCopyByEngine(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>()); }
 
 }  // namespace
 }  // namespace kvpool
 
-#define PEER(name, function) XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, kvpool::Bind())
+#define PEER(name, function, ...) XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function, kvpool::Bind(), ##__VA_ARGS__)
 PEER(load_slabs, kvpool::Slabs<kvpool::Direction::kLoad>);
 PEER(store_slabs, kvpool::Slabs<kvpool::Direction::kStore>);
 PEER(load_records, (kvpool::Records<kvpool::Direction::kLoad, false>));
 PEER(store_records, (kvpool::Records<kvpool::Direction::kStore, false>));
 PEER(load_raw, (kvpool::Records<kvpool::Direction::kLoad, true>));
 PEER(store_raw, (kvpool::Records<kvpool::Direction::kStore, true>));
+PEER(load_bulk, kvpool::Bulk<kvpool::Direction::kLoad>, {xla::ffi::Traits::kCmdBufferCompatible});  // as ours
+PEER(store_bulk, kvpool::Bulk<kvpool::Direction::kStore>, {xla::ffi::Traits::kCmdBufferCompatible});

@@ -1,4 +1,7 @@
-"""The competitors: peers.cu, built on first use and called through the same FFI operands as ours, and plain JAX."""
+"""The competitors: peers.cu, built on first use and called through the same FFI operands as ours, and plain JAX.
+
+`bulk` is none: it is what our kernel might become (bulk.cu), so it gets what that gets.
+"""
 
 import ctypes
 import functools
@@ -14,14 +17,14 @@ from jax_kvpool import host_ids
 from jax_kvpool.plan import copy_plan
 
 _HERE = Path(__file__).parent
-METHODS = ("slabs", "records", "raw")
+METHODS = ("slabs", "records", "raw")  # which read the ids on the CPU
 
 
 @functools.cache
 def _register():
     library = _HERE.parent / "build" / "peers.so"
     library.parent.mkdir(exist_ok=True)
-    sources = [_HERE / "peers.cu", _HERE.parent / "csrc" / "copy_cuda.cu"]
+    sources = [_HERE / "peers.cu", _HERE / "bulk.cu", _HERE.parent / "csrc" / "copy_cuda.cu"]
     subprocess.run(
         [
             *("nvcc", "-O3", "-std=c++20", "-arch=native", "-shared", "-Xcompiler=-fPIC"),
@@ -30,40 +33,44 @@ def _register():
         check=True,
     )
     handlers = ctypes.CDLL(str(library))
-    for method in METHODS:
+    if error := handlers.preload_bulk():
+        raise RuntimeError(f"preload_bulk: cudaError {error}")
+    for method in (*METHODS, "bulk"):
         for op in ("load", "store"):
             capsule = jax.ffi.pycapsule(getattr(handlers, f"{op}_{method}"))
             jax.ffi.register_ffi_target(f"peer_{op}_{method}", capsule, platform="CUDA")
 
 
-def call(op, method, device, host, device_pages, host_pages, max_blocks=64):
+def call(op, method, device, host, device_pages, host_pages, *, layer=None, max_blocks=None):
     """As `load` and `store`, by a peer's method. The device is what it was given for `raw`."""
     _register()
-    min_span_bytes = None if method == "slabs" else 1
-    plan = copy_plan(
-        device.spec, device.layout, device.num_pages, host.layout, host.num_pages, (device.spec.layers,), min_span_bytes
-    )
+    min_span_bytes = None if method in ("slabs", "bulk") else 1
+    stages = (device.spec.layers if layer is None else (layer,),)
+    plan = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages, min_span_bytes)
     arrays = device.flat_arrays()
+    operands = [arrays[i] for i in plan.arrays]
     scratch = max(plan.staged_page_bytes * len(device_pages), 1)
-    _, *arrays = jax.ffi.ffi_call(
+    _, *changed = jax.ffi.ffi_call(
         f"peer_{op}_{method}",
-        [jax.ShapeDtypeStruct((scratch,), jnp.uint8), *(jax.typeof(a) for a in arrays)],
-        input_output_aliases={4 + i: 1 + i for i in range(len(arrays))},
+        [jax.ShapeDtypeStruct((scratch,), jnp.uint8), *(jax.typeof(a) for a in operands)],
+        input_output_aliases={4 + i: 1 + i for i in range(len(operands))},
     )(
         host.array,
         device_pages,
         host_pages,
         np.int32(0),
-        *arrays,
+        *operands,
         plan=np.array(plan.integers, np.int64),
-        max_blocks=np.int64(max_blocks),
+        max_blocks=np.int64(max_blocks or (4 if method == "bulk" else 64)),
     )
+    for i, array in zip(plan.arrays, changed, strict=True):
+        arrays[i] = array
     return device.with_flat_arrays(arrays)
 
 
 def ids_of(method, device_pages, host_pages):
-    """The ids where the method needs them: ours by kernel on the device, all others where the CPU can read them."""
-    if method == "kernel":
+    """The ids where the method needs them: kernels on the device, all others where the CPU can read them."""
+    if method in ("kernel", "bulk"):
         return jax.device_put(device_pages), jax.device_put(host_pages)
     return host_ids(device_pages), host_ids(host_pages)
 

@@ -1,19 +1,20 @@
 """Loads and stores of about 1 GB of random pages, against the roof and against plain JAX.
 
-    python benchmarks/transfer.py [--json FILE] [--blocks 4 8 16]
+    python benchmarks/transfer.py [--json FILE] [--blocks 4 8 16] [--ways kernel host_ids bulk]
 
 GPU time is (time of 9 chained transfers in one jit - time of 1) / 8; `wall` is one jitted call, dispatch included. The
 roof is one contiguous cudaMemcpyAsync of the same bytes, sampled in turn with it; ratios are medians of paired samples.
 """
 
 import functools
+import itertools
 
 import harness
 import jax
 import numpy as np
 import peers
 
-from jax_kvpool import DEFAULT_MAX_BLOCKS, DevicePool, HostPool, PageSpec, host_ids, load, store
+from jax_kvpool import DevicePool, HostPool, PageSpec, host_ids, load, store
 
 TOTAL_BYTES = 1 << 30
 CHAIN = 9
@@ -49,7 +50,7 @@ def check(op, device, host, device_pages, host_pages):
                 np.testing.assert_array_equal(got, want, err_msg=f"{op.__name__} {name} {layer} pair {i}")
 
 
-def measure(op, spec, per_layer, max_blocks, driver, repeats, rng, is_engine=False):
+def measure(op, spec, per_layer, max_blocks, driver, repeats, rng, way):
     num_pairs = TOTAL_BYTES // spec.payload_bytes
     num_pages = num_pairs + num_pairs // 4
     device = DevicePool.create(spec, num_pages)
@@ -63,16 +64,17 @@ def measure(op, spec, per_layer, max_blocks, driver, repeats, rng, is_engine=Fal
         fill = jax.jit(lambda a, key: jax.random.normal(key, a.shape, a.dtype), donate_argnums=0)
         keys = iter(jax.random.split(jax.random.key(0), len(device.flat_arrays())))
         device = device.with_arrays(jax.tree.map(lambda a: fill(a, next(keys)), device.arrays))
-    put = host_ids if is_engine else jax.device_put
+    put = host_ids if way == "host_ids" else jax.device_put
     ids = put(device_pages), put(host_pages)
-    one, many = (chained(op, times, per_layer, max_blocks) for times in (1, CHAIN))
+    copy = functools.partial(peers.call, op.__name__, "bulk") if way == "bulk" else op
+    one, many = (chained(copy, times, per_layer, max_blocks) for times in (1, CHAIN))
     device = one(device, host, *ids)
     jax.block_until_ready(device)
     check(op, device, host, device_pages, host_pages)
     device = many(device, host, *ids)
     samples = []
     for _ in range(repeats):
-        roof = driver.roof_seconds(op is load)
+        roof = driver.roof_seconds(op.__name__)
         wall, device = harness.wall_seconds(lambda d: one(d, host, *ids), device)
         chain, device = harness.wall_seconds(lambda d: many(d, host, *ids), device)
         gpu = (chain - wall) / (CHAIN - 1)
@@ -90,7 +92,7 @@ def measure_plain_jax(op, spec, driver, repeats, rng):
     step = peers.PlainJax(op.__name__, device, rng.permutation(num_pages)[:num_pairs].astype(np.int32))
     ratios = []
     for _ in range(repeats):
-        roof = driver.roof_seconds(op is load)
+        roof = driver.roof_seconds(op.__name__)
         seconds, device = harness.wall_seconds(step, device)
         ratios.append(roof * num_pairs * spec.payload_bytes / driver.num_bytes / seconds)
     return harness.median(ratios[1:])
@@ -98,9 +100,9 @@ def measure_plain_jax(op, spec, driver, repeats, rng):
 
 def main():
     arguments = harness.parser(__doc__)
-    arguments.add_argument("--blocks", type=int, nargs="+", default=[DEFAULT_MAX_BLOCKS])
+    arguments.add_argument("--blocks", type=int, nargs="+", default=[None])
     arguments.add_argument("--page-sizes", type=int, nargs="+", default=[64, 16, 1])
-    arguments.add_argument("--host-ids", action="store_true", help="page ids that let the copy engine work")
+    arguments.add_argument("--ways", nargs="+", choices=["kernel", "host_ids", "bulk"], default=["kernel", "host_ids"])
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--only", nargs="+", choices=["all", "layer", "plain"], default=["all", "layer", "plain"])
     args = arguments.parse_args()
@@ -112,17 +114,19 @@ def main():
             spec = PageSpec.uniform(page_size, num_layers, slabs)
             for op in (load, store):
                 for blocks in args.blocks:
-                    for mode in [m for m in args.only if m != "plain"]:
-                        speed, gpu, wall, roof = measure(
-                            op, spec, mode == "layer", blocks, driver, args.repeats, rng, args.host_ids
-                        )
+                    modes = [mode for mode in args.only if mode != "plain"]
+                    for mode, way in itertools.product(modes, args.ways):
+                        is_per_layer = mode == "layer"
+                        measured = measure(op, spec, is_per_layer, blocks, driver, args.repeats, rng, way)
+                        speed, gpu, wall, roof = measured
                         rows.append(
                             {
                                 "model": model,
                                 "page": page_size,
                                 "op": op.__name__,
-                                "call": "all layers" if mode == "all" else "per layer",
-                                "blocks": blocks,
+                                "way": way,
+                                "call": "per layer" if is_per_layer else "all layers",
+                                "blocks": blocks or "default",
                                 "GB/s": speed,
                                 "of roof": gpu,
                                 "wall of roof": wall,
@@ -138,7 +142,7 @@ def main():
                             "model": model,
                             "page": page_size,
                             "op": op.__name__,
-                            "call": "plain JAX",
+                            "way": "plain JAX",
                             "wall of roof": ratio,
                         }
                     )

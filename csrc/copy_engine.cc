@@ -6,7 +6,7 @@ namespace kvpool {
 namespace {
 
 // One submission for many copies: on an H100 128 KB each move at 0.98 of the roof so (benchmarks/transfer.py
-// --host-ids), and at 0.43 one by one.
+// --ways host_ids), and at 0.43 one by one.
 cudaError_t SubmitCopies(std::vector<void*>& targets, std::vector<void*>& sources, std::vector<size_t>& sizes,
                          cudaStream_t engine) {
   cudaMemcpyAttributes attributes = {};

@@ -74,7 +74,8 @@ auto BindStart(Binding binding) {
       .template Attr<Integers>("wait_stages")         // the last stage that each wait waits for
       .template Attr<int64_t>("load_scratch_bytes")   // what of the scratch is for the load and for the store; 0 if
       .template Attr<int64_t>("store_scratch_bytes")  // their ids are in device memory
-      .template Attr<int64_t>("max_blocks");
+      .template Attr<int64_t>("max_load_blocks")
+      .template Attr<int64_t>("max_store_blocks");
 }
 
 // Binds a wait: its last operands are its results, the others are there for order, or to stay alive until here. One

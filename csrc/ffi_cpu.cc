@@ -33,7 +33,7 @@ ffi::Error StartCpu(HostArray host, PageIds load_device_pages, PageIds load_host
                     PageIds store_host_pages, ffi::RemainingArgs arrays, ffi::Result<Scratch> /*scratch*/,
                     ffi::Result<Scalar> token, ffi::RemainingRets results, Integers load_plan, Integers store_plan,
                     Integers /*wait_stages*/, int64_t /*load_scratch_bytes*/, int64_t /*store_scratch_bytes*/,
-                    int64_t /*max_blocks*/) {
+                    int64_t /*max_load_blocks*/, int64_t /*max_store_blocks*/) {
   auto stored =
       CheckOperands(GetLiveMemory(), host, store_device_pages, store_host_pages, nullptr, arrays, results, store_plan);
   if (stored.has_error()) return stored.error();

@@ -5,6 +5,7 @@ from jax_kvpool import _runtime
 _runtime.require_runtime()
 
 from jax_kvpool.allocator import OutOfPagesError, PageAllocator, StalePageError  # noqa: E402
+from jax_kvpool.calibration import calibrate  # noqa: E402
 from jax_kvpool.device_pool import DevicePool  # noqa: E402
 from jax_kvpool.host_pool import HostPool  # noqa: E402
 from jax_kvpool.layout import (  # noqa: E402
@@ -17,12 +18,12 @@ from jax_kvpool.layout import (  # noqa: E402
     fingerprint,
 )
 from jax_kvpool.memory import HostMemory  # noqa: E402
-from jax_kvpool.ops import DEFAULT_MAX_BLOCKS, PageStatus, load, page_status, store  # noqa: E402
+from jax_kvpool.ops import PageStatus, load, page_status, store  # noqa: E402
 from jax_kvpool.overlap import run_layers  # noqa: E402
 from jax_kvpool.page_ids import host_ids  # noqa: E402
+from jax_kvpool.tuning import Tuning  # noqa: E402
 
 __all__ = [
-    "DEFAULT_MAX_BLOCKS",
     "DEVICE_LAYOUTS",
     "HOST_LAYOUTS",
     "RECORD_ALIGNMENT",
@@ -36,6 +37,8 @@ __all__ = [
     "PageStatus",
     "Slab",
     "StalePageError",
+    "Tuning",
+    "calibrate",
     "fingerprint",
     "host_ids",
     "load",

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import enum
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -26,25 +27,11 @@ from jax_kvpool._runtime import (
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
 from jax_kvpool.plan import TRACED_LAYER, CopyPlan, Stages, copy_plan
+from jax_kvpool.tuning import current
 
-__all__ = ["DEFAULT_MAX_BLOCKS", "PageStatus", "load", "page_status", "store"]
-
-DEFAULT_MAX_BLOCKS: Final = 4
-"""Thread blocks of a copy, at most. On an H100 4 blocks move what the link lets SMs move: loads 0.92 to 0.95 of a
-contiguous cudaMemcpyAsync, stores 0.93 to 0.95. 16 blocks move the same, 2 blocks 0.6 and 0.8 of it
-(benchmarks/transfer.py; csrc/copy_cuda.cu)."""
+__all__ = ["PageStatus", "load", "page_status", "store"]
 
 _BY_ENGINE: Final = {LOAD_TARGET: LOAD_BY_ENGINE_TARGET, STORE_TARGET: STORE_BY_ENGINE_TARGET}
-# What the copy engine moves at once, at least. H100, fraction of the roof, copy engine against kernel
-# (benchmarks/transfer.py, benchmarks/grids.py):
-#                64 KB        128 KB       512 KB       2 MB         8 MB
-#   load      0.73 / 0.85  0.98 / 0.92  0.97 / 0.93  0.99 / 0.94  0.98 / 0.93
-#   store                  0.84 / 0.94  0.94 / 0.94  0.97 / 0.94  0.98 / 0.93
-_MIN_LOAD_SPAN_BYTES: Final = 128 << 10
-_MIN_STORE_SPAN_BYTES: Final = 512 << 10
-# A half of the staging: 0.3 ms of the link. 8, 16, 32 and 64 MB are alike for loads and stores; beside a model the
-# larger ones disturb it more, 1.05 to 1.08 of the model alone (benchmarks/interference.py).
-_HALF_BYTES: Final = 16 << 20
 
 
 def load(
@@ -54,7 +41,7 @@ def load(
     host_pages: npt.ArrayLike,
     *,
     layer: int | jax.Array | None = None,
-    max_blocks: int = DEFAULT_MAX_BLOCKS,
+    max_blocks: int | None = None,
 ) -> DevicePool:
     """Copies pages from the host pool to the device pool: `device[device_pages[i]] = host[host_pages[i]]` for all i.
 
@@ -68,7 +55,8 @@ def load(
         skipped (pad with -1); `page_status` says which. A page twice among the targets: either copy may win. Empty is
         fine. With host_pages from `host_ids`, the copy engine moves what is long enough for it.
       layer: only this layer; an int, or a traced int32 (in a scan) if all layers are alike. Default: all.
-      max_blocks: thread blocks of the kernel, at most; more disturb the model, and fewer slow down the copy.
+      max_blocks: thread blocks of the kernel, at most; more disturb the model, fewer slow down the copy. Default: that
+        of this GPU's `Tuning`.
 
     Returns:
       The device pool.
@@ -89,7 +77,7 @@ def store(
     host_pages: npt.ArrayLike,
     *,
     layer: int | jax.Array | None = None,
-    max_blocks: int = DEFAULT_MAX_BLOCKS,
+    max_blocks: int | None = None,
 ) -> DevicePool:
     """Copies pages from the device pool to the host pool: `host[host_pages[i]] = device[device_pages[i]]` for all i.
 
@@ -110,23 +98,27 @@ def _copy(
     device_page_ids: npt.ArrayLike,
     host_page_ids: npt.ArrayLike,
     layer: int | jax.Array | None,
-    max_blocks: int,
+    max_blocks: int | None,
 ) -> DevicePool:
     """Checks everything that tracing can know, then makes the call."""
     device_pages, host_pages = page_pairs("device_pages", device_page_ids, "host_pages", host_page_ids)
-    check_pools(device, host, max_blocks)
+    check_pools(device, host)
     arrays = device.flat_arrays()
     stages, traced_layer = _layer(layer, device)
     min_span = min_span_bytes(target == LOAD_TARGET, device_pages, host_pages)
+    if layer is None and min_span is not None:
+        stages = _stages(device, host_pages.size, min_span)
     plan = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages, min_span)
     operands = [arrays[i] for i in plan.arrays]
-    scratch = scratch_bytes(plan, device_pages, host_pages)
+    scratch = scratch_bytes(plan, device, device_pages, host_pages)
     if scratch is not None:
         if stages == TRACED_LAYER:
             raise ValueError("layer: a traced layer needs page ids in device memory, not those of host_ids")
         target = _BY_ENGINE[target]
     ids = device_pages, host_pages
-    changed = _call(target, plan.integers, max_blocks, scratch, operands, host.array, *ids, traced_layer)
+    changed = _call(
+        target, plan.integers, checked_blocks(max_blocks), scratch, operands, host.array, *ids, traced_layer
+    )
     for index, array in zip(plan.arrays, changed, strict=True):
         arrays[index] = array
     return device.with_flat_arrays(arrays)
@@ -162,21 +154,41 @@ def is_on_host(pages: Any) -> bool:
     return isinstance(pages, jax.Array) and bool(jax.typeof(pages).memory_space == jax.memory.Space.Host)
 
 
-def min_span_bytes(is_load: bool, device_pages: Any, host_pages: Any) -> int | None:
-    """What the copy engine must at least move at once to be used; None if these ids rule it out: it needs the host's,
-    and for a store also the device's, to know which pairs it is to skip."""
+def min_span_bytes(is_load: bool, device_pages: Any, host_pages: Any, *, is_beside: bool = False) -> int | None:
+    """What the copy engine must at least move at once to be used, alone or beside a model; None if these ids rule it
+    out: it needs the host's, and for a store also the device's, to know which pairs it is to skip."""
     if not is_on_host(host_pages) or not (is_load or is_on_host(device_pages)):
         return None
-    return _MIN_LOAD_SPAN_BYTES if is_load else _MIN_STORE_SPAN_BYTES
+    if is_beside:
+        return current().min_span_bytes_beside
+    return current().min_load_span_bytes if is_load else current().min_store_span_bytes
 
 
-def scratch_bytes(plan: CopyPlan, device_pages: Any, host_pages: Any) -> int | None:
+def scratch_bytes(plan: CopyPlan, device: DevicePool, device_pages: Any, host_pages: Any) -> int | None:
     """Device memory for a call with these ids: two halves of staging, if the copy engine has something to do, and the
     ids. None if they are all in device memory."""
     if not (is_on_host(device_pages) or is_on_host(host_pages)):
         return None
-    pages: int = min(max(_HALF_BYTES // max(plan.staged_page_bytes, 1), 1), host_pages.size)
-    return 2 * pages * plan.staged_page_bytes + 2 * 4 * int(host_pages.size)
+    num_pairs = int(host_pages.size)
+    pages = min(max(_batch_bytes(device, num_pairs) // max(plan.staged_page_bytes, 1), 1), num_pairs)
+    return 2 * pages * plan.staged_page_bytes + 2 * 4 * num_pairs
+
+
+def _batch_bytes(device: DevicePool, num_pairs: int) -> int:
+    """What the copy engine moves before a kernel goes on with it: half of the staging. An eighth of all if that is
+    less, since the link idles while the kernel works on the first batch of a store, or the last one of a load."""
+    half_bytes = current().half_bytes
+    return max(half_bytes // 8, min(half_bytes, num_pairs * device.spec.payload_bytes // 8))
+
+
+def _stages(device: DevicePool, num_pairs: int, min_span_bytes: int) -> Stages:
+    """All layers, divided where a page is more than one batch, as far as the parts are long enough for the engine."""
+    layers, page_bytes = device.spec.layers, device.spec.payload_bytes
+    num_parts = -(-page_bytes // _batch_bytes(device, num_pairs))
+    # In some layouts each name has a span of its own.
+    num_parts = max(1, min(num_parts, page_bytes // (len(device.spec.names) * min_span_bytes), len(layers)))
+    ends = [len(layers) * (i + 1) // num_parts for i in range(num_parts)]
+    return tuple(layers[begin:end] for begin, end in itertools.pairwise([0, *ends]))
 
 
 def fenced(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -223,14 +235,21 @@ def in_flight(arrays: Sequence[Any]) -> Iterator[None]:
         _in_flight.reset(before)
 
 
-def check_pools(device: DevicePool, host: HostPool, max_blocks: int) -> None:
+def checked_blocks(max_blocks: int | None) -> int:
+    """As given, or those of this GPU."""
+    if max_blocks is None:
+        return current().max_blocks
+    if max_blocks <= 0:
+        raise ValueError(f"max_blocks: expected a positive int, got {max_blocks}")
+    return max_blocks
+
+
+def check_pools(device: DevicePool, host: HostPool) -> None:
     """Raises `ValueError` unless these pools can be copied between."""
     if any(a is b for a in jax.tree.leaves(device.arrays) for b in _in_flight.get()):
         raise ValueError("device: pages of this pool are travelling (run_layers); apply_layer may use only its own kv")
     if device.spec != host.spec:
         raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
-    if max_blocks <= 0:
-        raise ValueError(f"max_blocks: expected a positive int, got {max_blocks}")
     if not isinstance(host.array, jax.core.Tracer) and is_staging():
         raise ValueError(
             "host: this HostPool was closed over by the traced function, which would make it a constant of the "
@@ -269,7 +288,8 @@ def _page_ids(name: str, pages: npt.ArrayLike) -> Any:
         raise TypeError(f"{name}: expected int32 page ids, got {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"{name}: expected a 1-D array of page ids, got shape {array.shape}")
-    return array
+    # XLA of JAX 0.11.2 crashes on an empty constant in a shard_map.
+    return array if array.size else jnp.zeros(0, jnp.int32)
 
 
 def _layer(layer: int | jax.Array | None, device: DevicePool) -> tuple[Stages, Any]:

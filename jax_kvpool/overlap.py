@@ -16,8 +16,8 @@ from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
 from jax_kvpool.layout import PageSpec
 from jax_kvpool.ops import (
-    DEFAULT_MAX_BLOCKS,
     check_pools,
+    checked_blocks,
     fenced,
     in_flight,
     is_on_host,
@@ -28,13 +28,13 @@ from jax_kvpool.ops import (
     without_transformations,
 )
 from jax_kvpool.plan import Stages, copy_plan
+from jax_kvpool.tuning import current
 
 __all__ = ["run_layers"]
 
 X = TypeVar("X")
 
 _NO_PAIRS: Final = (np.zeros(0, np.int32), np.zeros(0, np.int32))
-_MIN_STAGE_BYTES: Final = 4 << 20  # 80 us of the link, against about 5 us for a launch and an event
 
 
 def run_layers(
@@ -45,7 +45,7 @@ def run_layers(
     *,
     load: tuple[npt.ArrayLike, npt.ArrayLike] = _NO_PAIRS,
     store: tuple[npt.ArrayLike, npt.ArrayLike] = _NO_PAIRS,
-    max_blocks: int = DEFAULT_MAX_BLOCKS,
+    max_blocks: int | None = None,
 ) -> tuple[X, DevicePool]:
     """Runs `apply_layer` for every layer, while pages are stored and loaded beside it.
 
@@ -73,7 +73,8 @@ def run_layers(
       device, host: the pools.
       load, store: `(device_pages, host_pages)` of the pages to load and to store; ids as in `jax_kvpool.load`. The load
         comes after the store: a page may be stored and then be the target of a load. By default none.
-      max_blocks: thread blocks of each of the two kernels that run beside the model, at most.
+      max_blocks: thread blocks of each of the two kernels that run beside the model, at most. Default: those of this
+        GPU's `Tuning`.
 
     Returns:
       `(x, device)`.
@@ -86,27 +87,32 @@ def run_layers(
     """
     load_pairs = page_pairs("load[0]", load[0], "load[1]", load[1])
     store_pairs = page_pairs("store[0]", store[0], "store[1]", store[1])
-    check_pools(device, host, max_blocks)
+    check_pools(device, host)
     if not is_staging():
         raise ValueError("run_layers must be called inside jax.jit, where its copies and waits are one program")
     is_stacked = "layer" in device.layout.order
     num_pairs = max(load_pairs[0].size, store_pairs[0].size)
     stages = _stages(device.spec, num_pairs, is_on_host(load_pairs[1]))
     places = device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages
-    load_plan = copy_plan(*places, min_span_bytes(True, *load_pairs))
-    store_plan = copy_plan(*places, min_span_bytes(False, *store_pairs))
-    scratch = [scratch_bytes(load_plan, *load_pairs) or 0, scratch_bytes(store_plan, *store_pairs) or 0]
+    load_plan = copy_plan(*places, min_span_bytes(True, *load_pairs, is_beside=True))
+    store_plan = copy_plan(*places, min_span_bytes(False, *store_pairs, is_beside=True))
+    scratch = [
+        scratch_bytes(plan, device, *pairs) or 0 for plan, pairs in ((load_plan, load_pairs), (store_plan, store_pairs))
+    ]
     arrays = device.flat_arrays()
     # One wait for each stage, or in a scan for each layer.
     wait_stages = [at for at, layers in enumerate(stages) for _ in (layers if is_stacked else [0])]
     ids = (*load_pairs, *store_pairs)
+    blocks = checked_blocks(max_blocks)
+    stores_by_kernel = max_blocks is None and store_plan.staged_page_bytes == 0
     attributes = {
         "load_plan": np.array(load_plan.integers, np.int64),
         "store_plan": np.array(store_plan.integers, np.int64),
         "wait_stages": np.array(wait_stages, np.int64),
         "load_scratch_bytes": np.int64(scratch[0]),
         "store_scratch_bytes": np.int64(scratch[1]),
-        "max_blocks": np.int64(max_blocks),
+        "max_load_blocks": np.int64(blocks),
+        "max_store_blocks": np.int64(current().max_store_blocks_beside if stores_by_kernel else blocks),
     }
     x = jax.tree.map(jnp.asarray, x)
     staging, token, arrays, x = _start(attributes, sum(scratch), arrays, x, host.array, ids)
@@ -117,7 +123,7 @@ def run_layers(
 
 
 def _stages(spec: PageSpec, num_pairs: int, is_by_engine: bool) -> Stages:
-    """Divides the layers into stages of one layer, or of as many as make `_MIN_STAGE_BYTES`.
+    """Divides the layers into stages of one layer, or of as many as make the tuning's `min_stage_bytes`.
 
     The copy engine likes more at once: its stages grow to a sixteenth of all layers. The first is one layer, for which
     everything waits, and the last is short, since nothing travels any more while its layers are computed.
@@ -126,7 +132,7 @@ def _stages(spec: PageSpec, num_pairs: int, is_by_engine: bool) -> Stages:
     stages: list[list[int]] = []
     size = num_bytes = 0
     for layer in spec.layers:
-        if not stages or (len(stages[-1]) >= size and num_bytes >= _MIN_STAGE_BYTES):
+        if not stages or (len(stages[-1]) >= size and num_bytes >= current().min_stage_bytes):
             stages.append([])
             size, num_bytes = min(max_layers, 1 << (len(stages) // 2)), 0
         stages[-1].append(layer)

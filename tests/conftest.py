@@ -1,5 +1,6 @@
 """Every test that runs JAX runs on each platform that is there: the CPU, and (`-m gpu`) a GPU."""
 
+import dataclasses
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -8,6 +9,8 @@ os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 
 import jax
 import pytest
+
+from jax_kvpool import Tuning, tuning
 
 
 def _gpus():
@@ -33,3 +36,14 @@ def gpu():
     if not (gpus := _gpus()):
         pytest.skip("no GPU")
     return gpus[0]
+
+
+@pytest.fixture
+def small_tuning():
+    """Stages, spans and halves of staging so small that little pools have several of each."""
+    small = dict.fromkeys((field.name for field in dataclasses.fields(Tuning)), 1) | {
+        "max_blocks": 4,
+        "half_bytes": 4096,
+    }
+    with tuning.using(Tuning(**small)):
+        yield

@@ -1,7 +1,7 @@
 """Copies beside a model: `run_layers` must mean what its docstring says, a store, a load, then the layers."""
 
+import dataclasses
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import oracle
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, ops, overlap, run_layers, store
+from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, overlap, run_layers, store, tuning
 
 LAYERS, DEVICE_PAGES, HOST_PAGES = 5, 9, 11
 SPECS = {
@@ -101,16 +101,7 @@ def check(spec, layout, device, seed, on_host=False, host_layout="page_first", s
     np.testing.assert_array_equal(host.memories[0].view(), twin_host.memories[0].view())
 
 
-@pytest.fixture
-def small_stages(monkeypatch):
-    """Stages, spans and halves of staging so small that little pools have several of each."""
-    monkeypatch.setattr(overlap, "_MIN_STAGE_BYTES", 1)
-    monkeypatch.setattr(ops, "_HALF_BYTES", 4096)
-    monkeypatch.setattr(ops, "_MIN_LOAD_SPAN_BYTES", 1)
-    monkeypatch.setattr(ops, "_MIN_STORE_SPAN_BYTES", 1)
-
-
-@pytest.mark.usefixtures("small_stages")
+@pytest.mark.usefixtures("small_tuning")
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("layout", DEVICE_LAYOUTS)
 @pytest.mark.parametrize("spec_name", SPECS)
@@ -118,7 +109,7 @@ def test_means_store_load_layers(device, spec_name, layout, on_host):
     check(SPECS[spec_name], layout, device, 0, on_host)
 
 
-@pytest.mark.usefixtures("small_stages")
+@pytest.mark.usefixtures("small_tuning")
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("host_layout", oracle.HOST_ORDERS)
 def test_host_layouts(device, host_layout, on_host):
@@ -189,7 +180,7 @@ def test_inside_shard_map(num_shards, layout):
 
     def step(x, device, host, device_pages, host_pages):
         # Poison; what is not loaded in time is seen.
-        device = device.with_arrays(jax.tree.map(lambda a: a.at[...].set(-1), device.arrays))
+        device = device.with_arrays(jax.tree.map(lambda a: jnp.full_like(a, -1), device.arrays))
 
         def apply_layer(layer, x, kv):
             array = kv["k"][layer] if layout == "stacked" else kv["k"]
@@ -214,58 +205,170 @@ def test_inside_shard_map(num_shards, layout):
 
 # ---- Is everything waited for? ----
 
+LARGE = PageSpec.uniform(64, 8, {"k": ((8, 64), "int32"), "v": ((8, 64), "int32")})  # 256 KB a page and layer
+PAGES = 24
 
-def poisoned_steps(device, layout, on_host, num_steps):
-    """Runs steps that poison all pages, load random ones, a few MB a layer, and count what is not right when a layer
-    reads it; no wait between the steps. Returns the count."""
-    spec = PageSpec.uniform(64, 8, {"k": ((8, 128), "int16"), "v": ((8, 128), "int16")})
-    num_pages = 24
-    pool = DevicePool.create(spec, num_pages, layout, device=device)
-    host = HostPool.create(spec, num_pages, device=device)
-    for page in range(num_pages):
+
+def content(version, layer, name):
+    """What is everywhere in a slab of a page of this version; the pages of a new pool are of version 0."""
+    return version * (1000 + 10 * layer + (name == "v"))
+
+
+class Versions:
+    """The versions of all pages: of each device pool, and of the host pool that they share."""
+
+    def __init__(self, num_pools):
+        self.rng = np.random.default_rng(0)
+        self.device = np.zeros((num_pools, PAGES), np.int32)
+        self.host = np.arange(1, 1 + num_pools * PAGES, dtype=np.int32)
+        self.newest = num_pools * PAGES
+
+    def turn(self, pool, num_loads, num_stores):
+        """Random pairs to load and to store, in host pages that are this pool's alone, and `(versions, new pages, new
+        versions)`: of all pages after the copies, and what the layers are to write then."""
+
+        def pairs(num):
+            device_pages, host_pages = (self.rng.permutation(PAGES)[:num].astype(np.int32) for _ in range(2))
+            device_pages[1:2] = -1  # skipped
+            return device_pages, host_pages + pool * PAGES
+
+        to_load, to_store = pairs(num_loads), pairs(num_stores)
+        versions = self.device[pool]
+        for device_page, host_page in zip(*to_store, strict=True):
+            if device_page >= 0:
+                self.host[host_page] = versions[device_page]
+        for device_page, host_page in zip(*to_load, strict=True):
+            if device_page >= 0:
+                versions[device_page] = self.host[host_page]
+        copied = versions.copy()
+        new_pages = self.rng.permutation(PAGES)[:8].astype(np.int32)
+        self.newest += 8
+        versions[new_pages] = self.newest - np.arange(8)
+        return to_load, to_store, (copied, new_pages, versions[new_pages])
+
+
+def wrong_slabs(
+    device, num_steps, layout, host_layout="page_first", on_host=False, pairs=((16, 16),), num_pools=1, matmuls=(0, 0)
+):
+    """Runs steps that load and store random pages, some MB a layer, with no wait between them: `pairs`, in turn, says
+    how many. A layer compares all its pages with what they must hold by then, and writes some, also of those that are
+    stored in this step. Returns how many slabs were wrong when they were read, or are in the host pool at the end.
+
+    With several device pools, a step has as many `run_layers`, over one host pool.
+    """
+    pools = [DevicePool.create(LARGE, PAGES, layout, device=device) for _ in range(num_pools)]
+    host = HostPool.create(LARGE, num_pools * PAGES, host_layout, device=device)
+    versions = Versions(num_pools)
+    for page, version in enumerate(versions.host):
         for (name, layer), slab in host.view(page, writable=True).items():
-            slab[...] = 1000 * page + 10 * layer + (name == "v")
+            slab[...] = content(version, layer, name)
 
-    def apply_layer(host_pages, device_pages, layer, x, kv):
+    def slow(y, num):
+        for _ in range(num):
+            y = y @ y
+        return y
+
+    def apply_layer(written, layer, x, kv):
+        wrong, y = x
+        versions, new_pages, new_versions = written
+        at = (layer,) if layout == "stacked" else ()
         for name, array in kv.items():
-            of_layer = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) if layout == "stacked" else array
-            want = (1000 * host_pages + 10 * layer + (name == "v")).astype(jnp.int16)
-            x = x + jnp.sum(of_layer[device_pages] != want[:, None, None, None])
-        # What attention would write while other layers are still under way: into pages of its own.
-        at = (layer, num_pages - 1) if layout == "stacked" else (num_pages - 1,)
-        return x, {name: array.at[at].set(x.astype(jnp.int16)) for name, array in kv.items()}
+            is_wrong = array[at] != content(versions, layer, name)[:, None, None, None]
+            wrong += jnp.sum(jnp.any(is_wrong, axis=(1, 2, 3)))
+        y = slow(y, matmuls[1])
+        # `wrong` is to be 0; as a part of what is written it makes this come after everything is read.
+        new = {name: content(new_versions + wrong, layer, name)[:, None, None, None] for name in kv}
+        return (wrong, y), {name: array.at[(*at, new_pages)].set(new[name]) for name, array in kv.items()}
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def step(x, pool, host, device_pages, host_pages, expected):
-        pool = pool.with_arrays(jax.tree.map(lambda a: a.at[...].set(-1), pool.arrays))
-        return run_layers(
-            functools.partial(apply_layer, expected, device_pages), x, pool, host, load=(device_pages, host_pages)
-        )
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(xs, pools, host, turns):
+        done = []
+        for (wrong, y), pool, (to_load, to_store, written) in zip(xs, pools, turns, strict=True):
+            x, layers = (wrong, slow(y, matmuls[0])), functools.partial(apply_layer, written)
+            done.append(run_layers(layers, x, pool, host, load=to_load, store=to_store))
+        return [x for x, _ in done], [pool for _, pool in done]
 
-    rng = np.random.default_rng(0)
-    x = jax.device_put(np.int32(0), device)
-    for _ in range(num_steps):
-        device_pages = rng.permutation(num_pages - 1)[:16].astype(np.int32)
-        host_pages = rng.permutation(num_pages)[:16].astype(np.int32)
-        given = host_ids(host_pages, device=device) if on_host else host_pages
-        x, pool = step(x, pool, host, device_pages, given, host_pages)
-    jax.block_until_ready((x, pool))
-    time.sleep(0.2)  # a mutant may still be copying into these arrays
-    return int(x)
+    eye = np.eye(4096 if device.platform == "gpu" else 64, dtype=np.float32)
+    xs = [jax.device_put((np.int32(0), eye), device) for _ in pools]
+    ids = functools.partial(host_ids, device=device) if on_host else np.asarray
+    for i in range(num_steps):
+        turns = [versions.turn(pool, *pairs[i % len(pairs)]) for pool in range(num_pools)]
+        turns = [(*jax.tree.map(ids, copies), written) for *copies, written in turns]
+        xs, pools = step(xs, pools, host, turns)
+    jax.block_until_ready((xs, pools))
+    in_host = [
+        (slab == content(version, layer, name)).all()
+        for page, version in enumerate(versions.host)
+        for (name, layer), slab in host.view(page).items()
+    ]
+    return in_host.count(False) + sum(int(wrong) + int((np.asarray(y) != eye).any()) for wrong, y in xs)
 
 
+@pytest.fixture
+def stages_of_one_layer():
+    """On any GPU, and moved by the copy engine if the ids are from `host_ids`."""
+    with tuning.using(dataclasses.replace(tuning.current(), min_stage_bytes=1, min_span_bytes_beside=1)):
+        yield
+
+
+@pytest.mark.usefixtures("stages_of_one_layer")
 @pytest.mark.parametrize("on_host", [False, True])
-@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
-def test_poisoned_steps(device, layout, on_host):
-    assert poisoned_steps(device, layout, on_host, 1000 if device.platform == "gpu" else 3) == 0
+@pytest.mark.parametrize(
+    ("layout", "host_layout"),
+    [
+        ("per_layer", "page_first"),
+        ("stacked", "page_first"),
+        ("stacked", "page_first_kv"),
+        ("per_layer", "page_first_direct"),
+        ("per_layer", "token_first"),
+        ("stacked", "page_head"),
+        ("per_layer", "layer_first"),
+    ],
+)
+def test_steps_in_flight(device, layout, host_layout, on_host):
+    """7,000 steps on a GPU."""
+    num_steps = 4 if device.platform == "cpu" else 1000 if host_layout == "page_first" else 300
+    assert wrong_slabs(device, num_steps, layout, host_layout, on_host) == 0
 
 
+@pytest.mark.usefixtures("stages_of_one_layer")
 @pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("num_pools", [1, 2])
+def test_two_programs_in_flight(device, num_pools, on_host):
+    """By turns, with a slow model: the copies of one are submitted while the other runs. With two pools each program
+    has two `run_layers`."""
+    num_steps, pairs = 50 if device.platform == "gpu" else 4, [(16, 8), (3, 20)]
+    assert wrong_slabs(device, num_steps, "per_layer", "page_first", on_host, pairs, num_pools, matmuls=(4, 1)) == 0
+
+
+@pytest.mark.usefixtures("stages_of_one_layer")
+@pytest.mark.parametrize(
+    ("pairs", "on_host"),
+    [((16, 0), False), ((16, 0), True), ((0, 16), False)],
+    ids=["load by kernel", "load by engine", "store by kernel"],
+)
 @pytest.mark.parametrize("layout", ["per_layer", "stacked"])
-def test_a_left_out_wait_is_seen(gpu, monkeypatch, layout, on_host):
-    """The mutant: layers do not wait, only the end of the step does."""
-    monkeypatch.setattr(overlap, "_wait", lambda indices, token, x, arrays: (token, arrays))
-    assert poisoned_steps(gpu, layout, on_host, 3) > 0
+def test_a_wait_too_few_is_seen(gpu, monkeypatch, layout, pairs, on_host):
+    """The mutant: layers wait for the stage before theirs, so they read what is not yet loaded, or write over what is
+    not yet stored. (What the copy engine stores has left their pages by then. The GEMMs let the CPU get ahead.)"""
+    start = overlap._start
+
+    def mutant(attributes, *args):
+        stages = attributes["wait_stages"]
+        return start(attributes | {"wait_stages": np.array([0, *stages[:-2], stages[-1]])}, *args)
+
+    monkeypatch.setattr(overlap, "_start", mutant)
+    assert wrong_slabs(gpu, 3, layout, on_host=on_host, pairs=[pairs], matmuls=(4, 0)) > 0
+
+
+@pytest.mark.usefixtures("stages_of_one_layer")
+@pytest.mark.parametrize("pairs", [(16, 0), (0, 16)], ids=["load", "store"])
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+def test_staging_that_is_freed_early_is_seen(gpu, monkeypatch, layout, pairs):
+    """The mutant: the end does not keep staging and page ids alive, and XLA computes the model's GEMMs in them."""
+    finish = overlap._finish
+    monkeypatch.setattr(overlap, "_finish", lambda *args: finish(*args[:-1], ()))
+    assert wrong_slabs(gpu, 3, layout, on_host=True, pairs=[pairs], matmuls=(4, 1)) > 0
 
 
 def test_a_wait_for_another_array_is_refused(gpu, monkeypatch):

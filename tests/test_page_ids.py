@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, host_ids, load, ops, page_ids, store
+from jax_kvpool import DevicePool, HostPool, PageSpec, host_ids, load, page_ids, store
 
 
 def test_they_are_the_ids(device):
@@ -38,14 +38,6 @@ def test_bad_ids():
         host_ids([[1]])
     with pytest.raises(ValueError, match="pages: expected int32, got 0 to 2147483648"):
         host_ids([0, 2**31])
-
-
-@pytest.fixture
-def small_halves(monkeypatch):
-    """Little pools have spans for the copy engine, and several halves of staging."""
-    monkeypatch.setattr(ops, "_HALF_BYTES", 8192)
-    monkeypatch.setattr(ops, "_MIN_LOAD_SPAN_BYTES", 1)
-    monkeypatch.setattr(ops, "_MIN_STORE_SPAN_BYTES", 1)
 
 
 NUM_PAGES, PAIRS = (23, 19), 15
@@ -82,7 +74,7 @@ def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_i
     np.testing.assert_array_equal(host.memories[0].view(), host_oracle.buffers[0])
 
 
-@pytest.mark.usefixtures("small_halves")
+@pytest.mark.usefixtures("small_tuning")
 @pytest.mark.parametrize("host_name", oracle.HOST_ORDERS)
 @pytest.mark.parametrize("spec_name", ["gqa", "mla", "fused", "unequal", "whole records"])
 def test_load_and_store(device, spec_name, host_name):
@@ -96,7 +88,7 @@ def test_load_and_store(device, spec_name, host_name):
     check(spec, "per_layer", host_name, device, np.random.default_rng(0))
 
 
-@pytest.mark.usefixtures("small_halves")
+@pytest.mark.usefixtures("small_tuning")
 def test_stacked_and_one_layer(device):
     check(oracle.SPECS["gqa"](4), "stacked", "page_first", device, np.random.default_rng(1))
     check(oracle.SPECS["gqa"](4), "per_layer", "page_first", device, np.random.default_rng(2), layer=1)
@@ -106,7 +98,7 @@ def test_records_too_small_for_the_copy_engine(device):
     check(oracle.SPECS["gqa"](4), "per_layer", "page_first", device, np.random.default_rng(3))
 
 
-@pytest.mark.usefixtures("small_halves")
+@pytest.mark.usefixtures("small_tuning")
 def test_ids_in_pinned_memory_that_is_not_ours(device):
     """A kernel must move the pages: somebody may still be writing these ids."""
 

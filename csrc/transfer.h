@@ -1,0 +1,54 @@
+// One direction of a call whose ids the CPU may read, or which runs beside the model: its pairs, and how they are
+// moved.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "copy_engine.h"
+#include "copy_plan.h"
+#include "host_memory.h"
+#include "side_streams.h"
+
+namespace kvpool {
+
+// Enqueues all copies of a stage as kernels.
+cudaError_t LaunchAll(const Stage& stage, Direction direction, int64_t max_blocks, cudaStream_t stream);
+
+class Transfer {
+ public:
+  // `scratch`: of device memory, for staging and behind it the ids; none if all ids are in device memory.
+  Transfer(Direction direction, CopyOperands operands, Bytes scratch, int64_t max_blocks)
+      : direction_(direction), operands_(std::move(operands)), scratch_(scratch), max_blocks_(max_blocks) {}
+
+  bool IsEmpty() const { return operands_.num_pairs == 0; }
+  const std::vector<Bytes>& arrays() const { return operands_.arrays; }
+  size_t num_stages() const { return stages_.size(); }
+
+  // Decides who moves the pages: the copy engine those stages that have spans, if the CPU can read the ids it needs.
+  // Returns an error if the operands are not the plan's.
+  std::optional<std::string> Read(std::span<const int64_t> plan, const LiveMemory& live, cudaStream_t stream);
+
+  // Returns in `last` the stream on which the stage is done. Stages are enqueued in order.
+  cudaError_t Enqueue(size_t stage, cudaStream_t stream, SideStreams& side, cudaStream_t& last);
+
+  // To be called when no more stages come.
+  void GiveBackEvents(SideStreams& side) {
+    if (staging_) staging_->GiveBackEvents(side);
+  }
+
+ private:
+  Direction direction_;
+  CopyOperands operands_;
+  Bytes scratch_;
+  int64_t max_blocks_;
+  std::vector<Stage> stages_;
+  ReadableIds ids_;
+  std::optional<Staging> staging_;  // if the copy engine has a part in it
+};
+
+}  // namespace kvpool

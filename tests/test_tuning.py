@@ -1,0 +1,105 @@
+"""What decides who copies: the built-in numbers, the file of the measured ones, and their measurement."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jax_kvpool import DevicePool, HostPool, PageSpec, Tuning, calibrate, load, tuning
+
+H100 = Tuning(
+    max_blocks=4,
+    min_load_span_bytes=128 << 10,
+    min_store_span_bytes=512 << 10,
+    half_bytes=8 << 20,
+    max_store_blocks_beside=2,
+    min_span_bytes_beside=256 << 10,
+    min_stage_bytes=4 << 20,
+)
+GEN5, GEN4 = (32.0, 16), (16.0, 16)
+
+
+def test_built_in_numbers(tmp_path):
+    missing = tmp_path / "none.json"
+    assert tuning.measured_or_built_in(missing, GEN5) == tuning.measured_or_built_in(missing, None) == H100
+    half = tuning.measured_or_built_in(missing, GEN4)
+    assert half == Tuning(**{name: value // 2 for name, value in dataclasses.asdict(H100).items()})
+    assert Tuning.of_link(200e9).max_blocks in range(12, 17)
+    assert Tuning.of_link(1e9).max_blocks == 2
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_gpu():
+    assert tuning.current() == H100
+    with pytest.raises(RuntimeError, match="expected a GPU"):
+        calibrate()
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Tuning)])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "4", None, True])
+def test_bad_numbers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected a positive int, got"):
+        dataclasses.replace(H100, **{name: value})
+
+
+def test_what_is_written_is_read(tmp_path):
+    path, measured = tmp_path / "a" / "b.json", dataclasses.replace(H100, max_blocks=7)
+    tuning.write(path, measured)
+    tuning.write(path, measured)
+    assert tuning.measured_or_built_in(path, GEN4) == measured
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(format=0),
+        lambda content: content.pop("tuning"),
+        lambda content: content["tuning"].pop("max_blocks"),
+        lambda content: content["tuning"].update(max_blocks=-4),
+        lambda content: content["tuning"].update(max_threads=4),
+    ],
+)
+def test_another_files_are_ignored_with_a_warning(tmp_path, change):
+    path = tmp_path / "file.json"
+    tuning.write(path, H100)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="file.json: ignored, not a calibration of this version"):
+        assert tuning.measured_or_built_in(path, GEN5) == H100
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7"])
+def test_files_that_are_no_json_are_ignored_with_a_warning(tmp_path, text):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="ignored"):
+        assert tuning.measured_or_built_in(path, GEN5) == H100
+
+
+def test_what_is_traced_follows_it():
+    spec = PageSpec.uniform(1, 1, {"kv": ((16,), "uint8")})
+    device, host = DevicePool.create(spec, 2), HostPool.create(spec, 2)
+    ids = np.zeros(1, np.int32)
+
+    def program(**options):
+        return jax.jit(lambda d, h: load(d, h, ids, ids, **options)).lower(device, host).as_text()
+
+    with tuning.using(dataclasses.replace(H100, max_blocks=97)):
+        assert "max_blocks = 97" in program()
+        assert "max_blocks = 5" in program(max_blocks=5)
+    assert "max_blocks = 97" not in program()
+
+
+def test_calibration(gpu, tmp_path, monkeypatch):
+    """It leaves a file that the next process finds. How good its numbers are, benchmarks/transfer.py says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        measured = calibrate()
+        assert tuning.read(tuning.file_of(gpu)) == tuning.current() == measured
+        assert [p.parent.name for p in tmp_path.glob("**/*.json")] == ["jax_kvpool"]
+    finally:
+        tuning._of_gpu.cache_clear()
