@@ -1,16 +1,16 @@
 """Loads and stores over the shapes that other projects measure, against what else a user could call.
 
-    python benchmarks/grids.py [--json FILE] [--grids A B C D E]
+    python benchmarks/grids.py [--json FILE] [--grids both A B C D E]
 
-A: pages of 4 KB to 16 MB, and 2 MB both ways at once (vLLM). B: pieces of 4 to 64 KiB, 10k to 100k of them (vLLM). C:
-80 layers x 8 heads x 128, pages of 16 and 64 tokens, 1 to 256 of them (Dynamo). D: 32 layers of GQA, and MLA of 80
+A: pages of 4 KB to 16 MB, `both`: 2 MB both ways at once (vLLM). B: pieces of 4 to 64 KiB, 10k to 100k of them (vLLM).
+C: 80 layers x 8 heads x 128, pages of 16 and 64 tokens, 1 to 256 of them (Dynamo). D: 32 layers of GQA, and MLA of 80
 layers (FlexKV). E: pieces of 4 KB, contiguous, strided and shuffled (PegaFlow). Totals are cut to 1 GiB. (F is
 benchmarks/pinning.py, G benchmarks/interference.py.)
 
 GB/s of payload with everything included: the time of a few calls dispatched one after another, divided by their number.
-The methods run in turn; ratios are medians over the rounds. Every method's bytes are compared before it is timed. `p50`
-and `p99`: milliseconds of single calls of `host_ids`, each waited for.
-`bulk` is no method of a user, but a kernel that might take the place of ours (bulk.cu).
+The methods run in turn, another one first each time; ratios are medians over the rounds. Every method's bytes are
+compared before it is timed. `p50` and `p99`: milliseconds of single calls of `host_ids`, each waited for. `bulk` is no
+of a user, but a kernel that might take the place of ours (bulk.cu).
 """
 
 import functools
@@ -124,9 +124,9 @@ def measure(name, spec, num_pages, order, op, driver, rounds, rng):
     calls = max(1, min(20, (256 << 20) // num_bytes))
     samples = {method: [] for method in steps}
     roofs = []
-    for _ in range(rounds):
+    for i in range(rounds):
         roofs.append(num_bytes / driver.roof_seconds(op, num_bytes) / 1e9)
-        for method, step in steps.items():
+        for method, step in [*steps.items()][i % len(steps) :] + [*steps.items()][: i % len(steps)]:
             jax.block_until_ready(device)
             begin = time.perf_counter()
             for _ in range(calls):
@@ -191,12 +191,12 @@ def both_ways(driver, rounds, rng):
 
 def main():
     arguments = harness.parser(__doc__)
-    arguments.add_argument("--grids", nargs="+", default=list("ABCDE"))
+    arguments.add_argument("--grids", nargs="+", default=["both", *"ABCDE"])
     arguments.add_argument("--rounds", type=int, default=5)
     args = arguments.parse_args()
     rng = np.random.default_rng(0)
     driver = harness.Driver(MAX_BYTES)
-    both = {"grid": "A", **both_ways(driver, args.rounds, rng)} if "A" in args.grids else None
+    both = {"grid": "A", **both_ways(driver, args.rounds, rng)} if "both" in args.grids else None
     rows = []
     for letter, name, spec, num_pages, order in grid():
         if letter not in args.grids:
@@ -206,7 +206,7 @@ def main():
             rows.append({"grid": letter, **row})
             print(rows[-1], flush=True)
     if both:
-        rows.append(dict.fromkeys(rows[0], "") | both)
+        rows.append(dict.fromkeys(rows[0] if rows else both, "") | both)
     harness.report(rows, args.json)
 
 

@@ -29,14 +29,10 @@ cudaError_t MoveRecords(const Stage& stage, char* host, const int32_t* host_page
   std::vector<void*> in_host, staged;
   std::vector<size_t> sizes;
   for (const Span& span : stage.spans) {
-    const bool is_whole = span.bytes == span.page_stride && span.bytes == stage.staged_page_bytes;
-    for (int64_t i = 0; i < num_pages;) {
-      int64_t count = 1;  // records beside each other on both sides are one copy
-      while (is_whole && i + count < num_pages && host_pages[i + count] == host_pages[i] + count) ++count;
+    for (int64_t i = 0; i < num_pages; ++i) {
       in_host.push_back(host + span.offset + host_pages[i] * span.page_stride);
       staged.push_back(half + i * stage.staged_page_bytes + span.staged_offset);
-      sizes.push_back(count * span.bytes);
-      i += count;
+      sizes.push_back(span.bytes);
     }
   }
   return direction == Direction::kLoad ? SubmitCopies(staged, in_host, sizes, engine)

@@ -27,6 +27,7 @@ __all__ = [
     "DEVICE_LAYOUTS",
     "HOST_LAYOUTS",
     "RECORD_ALIGNMENT",
+    "RECORD_TRAILER_BYTES",
     "Layout",
     "PageSpec",
     "Placement",
@@ -40,7 +41,10 @@ __all__ = [
 RECORD_ALIGNMENT: Final = 4096
 """Bytes. Every page record starts on a multiple of it, as O_DIRECT and RDMA ask."""
 
-_FORMAT_VERSION: Final = 1
+RECORD_TRAILER_BYTES: Final = 128
+"""Bytes at the end of every page record, padding of ours, that a page store uses to say what the record is."""
+
+_FORMAT_VERSION: Final = 2
 _SPLITTING_AXES: Final = ("layer", "kv")
 _AXES: Final = ("layer", "kv", "page", "token", "head")
 
@@ -168,7 +172,7 @@ class SlabPlace:
 @dataclasses.dataclass(frozen=True)
 class Record:
     """Where a page record lies: it begins at byte `offset + page * num_bytes` and is `num_bytes` long, `padding`
-    of them unused."""
+    of them without slabs, the last `RECORD_TRAILER_BYTES` among them."""
 
     offset: int
     num_bytes: int
@@ -273,7 +277,7 @@ class Layout:
         part = self._lay_out(inner_axes, slabs, spec, num_pages)
         stride = _round_up(part.num_bytes, part.alignment)
         if axis == "page" and self.has_records:
-            stride = _round_up(stride, RECORD_ALIGNMENT)
+            stride = _round_up(stride + RECORD_TRAILER_BYTES, RECORD_ALIGNMENT)
         changed: dict[str, Any] = {f"{axis}_stride": stride}
         places = tuple(dataclasses.replace(p, **changed) for p in part.places)
         return _Part(places, stride * extent, part.alignment)
@@ -376,7 +380,7 @@ def named_layout(layout: Layout | str, named: Mapping[str, Layout]) -> Layout:
 def fingerprint(spec: PageSpec, layout: Layout) -> str:
     """Identifies the bytes of a page record: 32 hexadecimal digits, the same in every process and version.
 
-    SHA-256 (first 128 bits) of a canonical JSON of the format version, page size, slabs, order and alignment.
+    SHA-256 (first 128 bits) of a canonical JSON of the format version, page size, slabs, order, alignment and trailer.
     """
     identity = {
         "format": _FORMAT_VERSION,
@@ -384,6 +388,7 @@ def fingerprint(spec: PageSpec, layout: Layout) -> str:
         "slabs": [[s.name, s.layer, list(s.shape), s.dtype] for s in spec.slabs],
         "order": list(layout.order),
         "alignment": RECORD_ALIGNMENT,
+        "trailer": RECORD_TRAILER_BYTES,
     }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

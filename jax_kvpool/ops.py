@@ -175,10 +175,11 @@ def scratch_bytes(plan: CopyPlan, device: DevicePool, device_pages: Any, host_pa
 
 
 def _batch_bytes(device: DevicePool, num_pairs: int) -> int:
-    """What the copy engine moves before a kernel goes on with it: half of the staging. An eighth of all if that is
-    less, since the link idles while the kernel works on the first batch of a store, or the last one of a load."""
+    """What the copy engine moves before a kernel goes on with it: half of the staging. Less if all is less than eight
+    times that, since the link idles while the kernel works on the first batch of a store, or the last one of a load;
+    but a batch takes the CPU 16 us (benchmarks/grids.py --grids C), the link's time for 1 MB."""
     half_bytes = current().half_bytes
-    return max(half_bytes // 8, min(half_bytes, num_pairs * device.spec.payload_bytes // 8))
+    return max(half_bytes // 2, min(half_bytes, num_pairs * device.spec.payload_bytes // 8))
 
 
 def _stages(device: DevicePool, num_pairs: int, min_span_bytes: int) -> Stages:

@@ -109,7 +109,10 @@ def _walk(spec, order, slabs, num_pages):
         assert axis != "head" or len({heads(s) for s in group}) == 1
         for i in range(extents[axis]):
             walk(inner, group, at | {axis: i})
-            align(4096 if axis == "page" and pads_records else alignment(group))
+            align(alignment(group))
+            if axis == "page" and pads_records:
+                cursor += 128  # the trailer
+                align(4096)
 
     walk(order, slabs, {})
     if len(order) == 5:

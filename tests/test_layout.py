@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
-from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, RECORD_ALIGNMENT, Layout, PageSpec, Slab, fingerprint
+from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, RECORD_ALIGNMENT, RECORD_TRAILER_BYTES, Layout, PageSpec, Slab, fingerprint
 from jax_kvpool.layout import Record
 from jax_kvpool.plan import copy_plan
 
@@ -19,8 +19,11 @@ def test_sizes():
     assert LLAMA_8B.payload_bytes == 32 * 2 * 16 * 8 * 128 * 2
     assert DEEPSEEK.payload_bytes == 61 * 64 * 576 * 2
     placement = HOST_LAYOUTS["page_first"].place(DEEPSEEK, 10)
-    assert placement.records == (Record(0, 4497408, 0),) and placement.page_bytes == 4497408
-    assert placement.array_bytes == (44974080,)
+    assert placement.records == (Record(0, 4501504, 4096),) and placement.page_bytes == 4501504
+    assert placement.array_bytes == (45015040,)
+    # 64 bytes more than whole 4096 would do, if there were no trailer.
+    almost = PageSpec.uniform(1, 1, {"kv": ((4096 - 64,), "uint8")})
+    assert HOST_LAYOUTS["page_first"].place(almost, 10).records == (Record(0, 8192, 4096 + 64),)
 
 
 @pytest.mark.parametrize("name", HOST_LAYOUTS)
@@ -32,7 +35,7 @@ def test_records(name):
     used = spec.payload_bytes // max(expected, 1)
     for record in placement.records:
         assert record.offset % RECORD_ALIGNMENT == record.num_bytes % RECORD_ALIGNMENT == 0
-        assert record.num_bytes - record.padding == used
+        assert record.num_bytes - record.padding == used and record.padding >= RECORD_TRAILER_BYTES
 
 
 def test_records_of_mla_in_sglang_layouts():
@@ -70,7 +73,7 @@ def test_fingerprint_is_the_same_everywhere_and_always():
         "print(fingerprint(PageSpec.uniform(16, 32, {'k': kv, 'v': kv}), HOST_LAYOUTS['page_first']))"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert other == fingerprint(LLAMA_8B, HOST_LAYOUTS["page_first"]) == "202a3f5450ece464bb10764409adb15e"
+    assert other == fingerprint(LLAMA_8B, HOST_LAYOUTS["page_first"]) == "3be16aecf5d2721cf720e49924b26bd0"
 
 
 def test_fingerprint_tells_apart():

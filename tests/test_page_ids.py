@@ -76,10 +76,10 @@ def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_i
 
 @pytest.mark.usefixtures("small_tuning")
 @pytest.mark.parametrize("host_name", oracle.HOST_ORDERS)
-@pytest.mark.parametrize("spec_name", ["gqa", "mla", "fused", "unequal", "whole records"])
+@pytest.mark.parametrize("spec_name", ["gqa", "mla", "fused", "unequal", "whole pages of memory"])
 def test_load_and_store(device, spec_name, host_name):
-    """Records of one or two parts, with padding, without records, records that are nothing but slabs."""
-    if spec_name == "whole records":
+    """Records of one or two parts, without records, with little and much padding."""
+    if spec_name == "whole pages of memory":
         spec = PageSpec.uniform(8, 2, {"k": ((4, 16), "float32"), "v": ((4, 16), "float32")})
     else:
         spec = oracle.SPECS[spec_name](4)
