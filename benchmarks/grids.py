@@ -9,8 +9,8 @@ benchmarks/pinning.py, G benchmarks/interference.py.)
 
 GB/s of payload with everything included: the time of a few calls dispatched one after another, divided by their number.
 The methods run in turn, another one first each time; ratios are medians over the rounds. Every method's bytes are
-compared before it is timed. `p50` and `p99`: milliseconds of single calls of `host_ids`, each waited for. `bulk` is no
-of a user, but a kernel that might take the place of ours (bulk.cu).
+compared before it is timed. `p50` and `p99`: milliseconds of single calls of `host_ids`, each waited for. `bulk` is a
+kernel that might take the place of ours (bulk.cu).
 """
 
 import functools

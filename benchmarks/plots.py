@@ -15,33 +15,35 @@ import matplotlib.pyplot as plt
 
 
 def grids(rows):
-    """Grid A: speed over the size of a page, one line a method."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    """GB/s of the copy engine and the kernel of ours, beside the best of the others and the roof."""
+    stored = {row["shape"] for row in rows if row["op"] == "store"}
+    rows = [row for row in rows if row["op"] in ("load", "store") and row["shape"] in stored]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.42 * len(rows) / 2 + 2), sharey=True)
     for axis, op in zip(axes, ("load", "store"), strict=True):
-        of_op = [row for row in rows if row["grid"] == "A" and row["op"] == op]
-        sizes = [int(row["shape"].split()[0]) for row in of_op]
-        axis.plot(sizes, [row["roof"] for row in of_op], "k--", label="roof: one contiguous copy")
-        for method, style in (
-            ("host_ids", "o-"),
-            ("kernel", "s-"),
-            ("records", "^:"),
-            ("slabs", "v:"),
-            ("plain JAX", "x:"),
+        of_op = [row for row in rows if row["op"] == op]
+        at = np.arange(len(of_op))
+        others = [max(row[m] for m in ("slabs", "records", "plain JAX") if row[m] == row[m]) for row in of_op]
+        for i, (label, values) in enumerate(
+            {
+                "jax_kvpool, host_ids": [row["host_ids"] for row in of_op],
+                "jax_kvpool, kernel": [row["kernel"] for row in of_op],
+                "the best other way": others,
+            }.items()
         ):
-            label = f"jax_kvpool, {method}" if method in ("host_ids", "kernel") else method
-            axis.plot(sizes, [row[method] for row in of_op], style, label=label)
-        axis.set(xscale="log", xlabel="KiB a page", title=f"{op}, GB/s", ylim=(0, None))
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+            axis.barh(at + 0.27 * (i - 1), values, 0.27, label=label)
+        axis.plot([row["roof"] for row in of_op], at, "k|", markersize=14, label="roof: one contiguous copy")
+        axis.set_yticks(at, [f"{row['grid']}: {row['shape']}" for row in of_op])
+        axis.set(xlabel="GB/s", title=op)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8)
     return figure
 
 
 def interference(rows):
     """A step with both, beside the model alone, the copy alone, and both one after the other."""
-    labels = [f"{row['model']}\n{row['layout']}\n{row['op']}, {row['ids']}" for row in rows]
-    figure, axis = plt.subplots(figsize=(max(9, 0.75 * len(rows)), 4.8))
+    labels = [f"{row['model']}, {row['layout']}, {row['op']}, {row['ids']}" for row in rows]
+    figure, axis = plt.subplots(figsize=(max(8, 0.5 * len(rows)), 5.5))
     at = np.arange(len(rows))
     model, copy, beside = (np.array([row[k] for row in rows]) for k in ("model ms", "copy ms", "overlapped ms"))
     axis.bar(at - 0.2, model, 0.36, label="model alone", color="tab:blue")
@@ -49,8 +51,8 @@ def interference(rows):
     axis.bar(at + 0.2, beside, 0.36, label="run_layers", color="tab:green")
     for x, value, row in zip(at, beside, rows, strict=True):
         axis.text(x + 0.2, value, f"{row['of max']:.2f}", ha="center", va="bottom", fontsize=8)
-    axis.set_xticks(at, labels, fontsize=7)
-    axis.set(ylabel="ms a step", title="above the bars: of the longer of the two alone")
+    axis.set_xticks(at, labels, fontsize=8, rotation=90)
+    axis.set(xlim=(-1, len(rows)), ylabel="ms a step", title="above the bars: of the longer of the two alone")
     axis.legend()
     return figure
 
@@ -90,7 +92,7 @@ def main():
         content = json.loads(path.read_text())
         figure = draw(content["rows"])
         figure.suptitle(", ".join(f"{k} {v}" for k, v in content["machine"].items()), fontsize=9)
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.03, 1, 1))
         figure.savefig(path.with_suffix(".png"), dpi=110)
         print(path.with_suffix(".png"))
 

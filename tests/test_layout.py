@@ -7,7 +7,16 @@ import numpy as np
 import oracle
 import pytest
 
-from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, RECORD_ALIGNMENT, RECORD_TRAILER_BYTES, Layout, PageSpec, Slab, fingerprint
+from jax_kvpool import (
+    DEVICE_LAYOUTS,
+    HOST_LAYOUTS,
+    RECORD_ALIGNMENT,
+    RECORD_TRAILER_BYTES,
+    Layout,
+    PageSpec,
+    Slab,
+    fingerprint,
+)
 from jax_kvpool.layout import Record
 from jax_kvpool.plan import copy_plan
 
