@@ -81,11 +81,29 @@ def first_token(rows):
     return figure
 
 
+def stores(rows):
+    """How many times as long many keys a page take as one."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True)
+    groups = list(dict.fromkeys((row["store"], row["record KiB"]) for row in rows))
+    many = list(dict.fromkeys(row["way"] for row in rows if row["keys a page"] > 1))
+    at = np.arange(len(groups))
+    for axis, method in zip(axes, ("put", "get", "exists"), strict=True):
+        for i, way in enumerate(many):
+            times = [row[f"{method} times"] for row in rows if row["way"] == way]
+            bars = axis.bar(at + 0.4 * (i - 0.5), times, 0.4, label=f"{way}")
+            axis.bar_label(bars, fmt="%.0f", fontsize=7)
+        axis.axhline(1, color="k", linewidth=0.8)
+        axis.set_xticks(at, [f"{store}\n{kib} KiB" for store, kib in groups], fontsize=8, rotation=45)
+        axis.set(yscale="log", title=f"{method}: times as long as one key a page")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("directory", type=Path)
     directory = arguments.parse_args().directory
-    for draw in (grids, interference, first_token):
+    for draw in (grids, interference, first_token, stores):
         path = directory / f"{draw.__name__}.json"
         if not path.exists():
             continue

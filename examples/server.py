@@ -109,6 +109,11 @@ class PrefixCache:
         self._touch(prefixes)
         return new
 
+    def drop(self, prefixes: Sequence[bytes]) -> None:
+        """Gives back the pages of prefixes whose KV did not come."""
+        self._free.free([self.pages.pop(key) for key in prefixes])
+        self._pinned.difference_update(prefixes)
+
     def unpin(self) -> None:
         self._pinned.clear()
 

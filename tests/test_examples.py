@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mooncake_servers
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import model  # noqa: E402
 import server  # noqa: E402
+import shared_prefix  # noqa: E402
 import trace_replay  # noqa: E402
 
 TINY = model.MODELS["tiny"]
@@ -62,6 +64,20 @@ def test_a_host_pool_that_is_too_small():
     checked.run(requests)
     assert all(r.num_loaded + r.num_stored <= 3 for r in requests)
     assert checked.cache.num_evicted > 0
+
+
+@pytest.mark.parametrize("where", ["files", "mooncake"])
+def test_two_servers_share_a_prefix(where, tmp_path, capsys):
+    """All pages come from the store, and all answers are equal: the program fails otherwise."""
+    if where == "mooncake" and (reason := mooncake_servers.missing()):
+        pytest.skip(reason)
+    options = ["--directory", str(tmp_path / "pages")] if where == "files" else []
+    path = tmp_path / "results.json"
+    assert shared_prefix.main(["--prompt", "256", "--page-size", "16", "--json", str(path), *options]) == 0
+    assert "all four answers are equal" in capsys.readouterr().out
+    results = json.loads(path.read_text())
+    assert results["first"]["num_found"] == 0
+    assert results["second"]["num_found"] == results["second"]["num_pages"] == 16
 
 
 def request_of(tokens):

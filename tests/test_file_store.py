@@ -1,0 +1,706 @@
+"""FileStore: what a store must do, and files: what is not a record, errors of I/O, limits, processes that die."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_kvpool import HOST_LAYOUTS, PageSpec
+from jax_kvpool.stores import FileStore, Namespace, Outcome
+from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes
+
+STORED, EXISTS, FOUND, REMOVED, MISSING, FAILED = Outcome
+NAMESPACE = Namespace(
+    PageSpec.uniform(4, num_layers=32, slabs={"k": ((2, 8), "bfloat16"), "v": ((2, 8), "bfloat16")}),
+    HOST_LAYOUTS["page_first"],
+    "a model",
+)
+RECORD_BYTES = NAMESPACE.record_bytes
+
+
+def path_of(directory, namespace_and_hash):
+    namespace, _, page = namespace_and_hash.rpartition("-")
+    return Path(directory) / namespace / page[-2:] / page
+
+
+class TestFileStore(StoreConformance):
+    num_examples = 10
+
+    @pytest.fixture(
+        params=[{"direct": True}, {"direct": False}, {"max_bytes": 1 << 30}, {"sync": True, "depth": 1}], ids=str
+    )
+    def arguments(self, request):
+        return request.param
+
+    @pytest.fixture
+    def make_store(self, tmp_path, arguments):
+        return functools.partial(FileStore, directory=tmp_path, **arguments)
+
+    @pytest.fixture
+    def overwrite(self, tmp_path):
+        return lambda name, data: path_of(tmp_path, name).write_bytes(data)
+
+
+def aligned(num_records, num_bytes=RECORD_BYTES, offset=0):
+    """Records in memory that begins at a page, or not."""
+    memory = np.zeros(num_records * num_bytes + 8192, np.uint8)
+    begin = -memory.ctypes.data % 4096 + offset
+    return list(memory[begin : begin + num_records * num_bytes].reshape(num_records, num_bytes))
+
+
+def filled(num_records, seed=0, offset=0):
+    records = aligned(num_records, offset=offset)
+    rng = np.random.default_rng(seed)
+    for record in records:
+        record[:] = rng.integers(0, 256, record.size, np.uint8)
+    return records
+
+
+class Files:
+    """A directory, stores of it, and what is in it."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.home = directory / str(NAMESPACE)
+
+    def open(self, **arguments):
+        return FileStore(NAMESPACE, self.directory, **arguments)
+
+    def path(self, number):
+        return path_of(self.directory, NAMESPACE.key(page_hash(number)))
+
+    def records(self):
+        return sorted(path for path in self.home.glob("??/*"))
+
+    def temporaries(self):
+        return os.listdir(self.home / "tmp")
+
+
+@pytest.fixture
+def files(tmp_path):
+    return Files(tmp_path)
+
+
+@pytest.fixture
+def store(files):
+    with files.open() as store:
+        yield store
+
+
+def put(store, *numbers, seed=0):
+    return [r.outcome for r in store.put(page_hashes(*numbers), filled(len(numbers), seed))]
+
+
+def get(store, *numbers):
+    return [r.outcome for r in store.get(page_hashes(*numbers), aligned(len(numbers)))]
+
+
+def has(store, *numbers):
+    return [result.is_hit for result in store.contains(page_hashes(*numbers))]
+
+
+def test_arguments(files):
+    for arguments in ({"depth": 0}, {"max_bytes": RECORD_BYTES - 1}):
+        with pytest.raises(ValueError, match="expected at least"):
+            files.open(**arguments)
+
+
+# ---- O_DIRECT ----
+
+
+CALLS = {name: getattr(os, name) for name in ("preadv", "pwritev", "fsync", "link")}
+
+
+@pytest.fixture
+def direct_calls(monkeypatch):
+    """Whether each transfer was by O_DIRECT."""
+    seen = []
+
+    def call(name, fd, *arguments):
+        seen.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+        return CALLS[name](fd, *arguments)
+
+    for name in ("preadv", "pwritev"):
+        monkeypatch.setattr(os, name, functools.partial(call, name))
+    return seen
+
+
+def refuses_direct(directory):
+    path = directory / "probe"
+    path.touch()
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("offset", [0, 1, 512])
+def test_direct_where_buffers_are_aligned(tmp_path, files, direct_calls, direct, offset):
+    if direct and refuses_direct(tmp_path):
+        pytest.skip(f"{tmp_path} is on a file system that refuses O_DIRECT")
+    records, read = filled(3, offset=offset), aligned(3, offset=offset)
+    with files.open(direct=direct) as store:
+        assert outcomes(store.put(page_hashes(1, 2, 3), records)) == [STORED] * 3
+        assert outcomes(store.get(page_hashes(1, 2, 3), read)) == [FOUND] * 3
+    assert all((a == b).all() for a, b in zip(records, read, strict=True))
+    assert direct_calls == [direct and offset == 0] * 6
+
+
+@pytest.mark.parametrize("refused", ["flag", "transfer"])
+def test_refused_direct_is_buffered(files, monkeypatch, caplog, refused):
+    flag = fcntl.fcntl
+
+    def refuse_flag(fd, command, argument=0):
+        if argument & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return flag(fd, command, argument)
+
+    def refuse(name, fd, *arguments):
+        if flag(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return CALLS[name](fd, *arguments)
+
+    if refused == "flag":
+        monkeypatch.setattr(fcntl, "fcntl", refuse_flag)
+    else:
+        for name in ("preadv", "pwritev"):
+            monkeypatch.setattr(os, name, functools.partial(refuse, name))
+    with files.open() as store:
+        assert put(store, 1, 2) == [STORED] * 2
+        assert get(store, 1, 2) == [FOUND] * 2
+    assert len([r for r in caplog.records if "O_DIRECT" in r.message]) == 1
+
+
+# ---- errors of I/O ----
+
+
+def failing(call, number, after=0, skip=0):
+    """`call`, but it fails with this errno after some bytes of a file, for all but the first `skip` transfers."""
+    count = iter(range(10**9))
+
+    def wrapped(fd, buffers, offset):
+        if offset == 0 and next(count) < skip:
+            return call(fd, buffers, offset)
+        if offset >= after:
+            raise OSError(number, os.strerror(number))
+        return call(fd, [buffers[0][: after - offset]], offset)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("after", [0, 1000, 4096])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("max_bytes", [None, 4 * RECORD_BYTES])
+def test_a_write_that_fails_leaves_nothing(files, monkeypatch, number, after, max_bytes):
+    with files.open(max_bytes=max_bytes, depth=1) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", failing(os.pwritev, number, after, skip=1))
+            results = store.put(page_hashes(1, 2, 3), filled(3))
+        assert outcomes(results) == [STORED, FAILED, FAILED]
+        assert all(errno.errorcode[number] in result.reason for result in results[1:])
+        assert files.records() == [files.path(1)] and not files.temporaries()
+        assert store.num_failed == 2
+        assert put(store, 1, 2, 3, 4) == [EXISTS, STORED, STORED, STORED]  # the limit too has its room back
+        assert has(store, 1, 2, 3, 4) == [True] * 4
+
+
+@pytest.mark.parametrize("after", [0, 1000, 4096])
+def test_a_read_that_fails(files, store, monkeypatch, after):
+    put(store, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing(os.preadv, errno.EIO, after))
+        (result,) = store.get(page_hashes(1), aligned(1))
+    assert result.outcome is FAILED and "EIO" in result.reason
+    assert get(store, 1) == [FOUND]
+
+
+@pytest.mark.parametrize("step", [1000, 4096])
+@pytest.mark.parametrize("direct", [True, False])
+def test_short_transfers_go_on(files, monkeypatch, step, direct):
+    for name in ("preadv", "pwritev"):
+        monkeypatch.setattr(os, name, lambda fd, b, at, call=CALLS[name]: call(fd, [b[0][:step]], at))
+    records, read = filled(2), aligned(2)
+    with files.open(direct=direct) as store:
+        assert outcomes(store.put(page_hashes(1, 2), records)) == [STORED] * 2
+        assert outcomes(store.get(page_hashes(1, 2), read)) == [FOUND] * 2
+    assert all((a == b).all() for a, b in zip(records, read, strict=True))
+
+
+def test_a_file_that_shrinks_while_it_is_read(store, monkeypatch):
+    put(store, 1)
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    assert get(store, 1) == [FAILED]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EROFS])
+def test_files_that_cannot_be_opened(files, store, monkeypatch, number):
+    put(store, 1)
+
+    def refuse(path, *_, **__):
+        raise OSError(number, os.strerror(number), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        results = [*store.get(page_hashes(1), aligned(1)), *store.put(page_hashes(2), filled(1))]
+    assert outcomes(results) == [FAILED] * 2
+    assert all(errno.errorcode[number] in result.reason for result in results)
+    assert get(store, 1, 2) == [FOUND, MISSING]
+
+
+def test_too_many_open_files(files, store):
+    put(store, *range(8))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        results = [*store.get(page_hashes(*range(8)), aligned(8)), *store.put(page_hashes(9), filled(1))]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert outcomes(results) == [FAILED] * 9 and "EMFILE" in results[0].reason
+    assert get(store, *range(8)) == [FOUND] * 8
+    assert put(store, 9) == [STORED]
+
+
+def test_an_interrupt_waits_for_the_other_threads(files, monkeypatch):
+    """They have the caller's buffers."""
+    main, running, write = threading.get_ident(), [], os.pwritev
+    others = threading.Event()
+
+    def interrupted(fd, buffers, offset):
+        if threading.get_ident() == main:
+            assert others.wait(20)
+            raise KeyboardInterrupt
+        running.append(1)
+        others.set()
+        threading.Event().wait(0.2)
+        write(fd, buffers, offset)
+        running.pop()
+        return len(buffers[0])
+
+    with files.open(depth=2) as store:
+        monkeypatch.setattr(os, "pwritev", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.put(page_hashes(*range(100)), filled(100))
+        assert not running and len(files.records()) <= 2 and not files.temporaries()
+
+
+# ---- what is not a record ----
+
+
+def make_fifo(path, outside):
+    os.mkfifo(path)
+
+
+def make_socket(path, outside):
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path.name)
+
+
+FOREIGN = {
+    "empty": lambda path, outside: path.touch(),
+    "short": lambda path, outside: path.write_bytes(bytes(RECORD_BYTES - 1)),
+    "long": lambda path, outside: path.write_bytes(bytes(RECORD_BYTES + 4096)),
+    "zeros": lambda path, outside: path.write_bytes(bytes(RECORD_BYTES)),
+    "hole": lambda path, outside: (path.touch(), os.truncate(path, RECORD_BYTES)),
+    "link": lambda path, outside: path.symlink_to(outside),
+    "dangling link": lambda path, outside: path.symlink_to(outside.with_name("nothing")),
+    "link to itself": lambda path, outside: path.symlink_to(path),
+    "fifo": make_fifo,
+    "socket": make_socket,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("max_bytes", [None, 2 * RECORD_BYTES])
+@pytest.mark.parametrize("call", ["get", "put", "clear"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_not_a_record(tmp_path, files, kind, call, max_bytes):
+    with files.open(max_bytes=max_bytes) as store:
+        put(store, 1)
+        outside = tmp_path / "outside"
+        files.path(1).rename(outside)  # a good record: if a link were followed, it would be found
+        FOREIGN[kind](files.path(1), outside)
+        if call == "get":
+            (result,) = store.get(page_hashes(1), aligned(1))
+            assert result.outcome is MISSING and result.reason
+            assert store.num_corrupt == 1
+            assert not os.path.lexists(files.path(1))
+        elif call == "clear":
+            assert store.clear().outcome is REMOVED
+            assert not os.path.lexists(files.path(1))
+        elif kind not in ("zeros", "hole"):  # those are found by their checksum
+            assert has(store, 1) == [False]
+        if kind not in ("zeros", "hole") or call != "put":
+            assert put(store, 1) == [STORED]
+            assert get(store, 1) == [FOUND]
+        assert put(store, 2, 3, 4).count(STORED) == 3
+        assert outside.stat().st_size == RECORD_BYTES and store.num_failed == 0
+
+
+def test_a_directory_in_place_of_a_record(files, store):
+    (files.path(1) / "something").mkdir(parents=True)
+    assert has(store, 1) == [False]
+    assert put(store, 1, 2) == [FAILED, STORED]
+    assert get(store, 1, 2) == [MISSING, FOUND]
+    assert store.clear().outcome is REMOVED
+    assert (files.path(1) / "something").is_dir()
+
+
+def test_other_files_stay(files, store):
+    put(store, 1)
+    others = [
+        files.directory / "a file",
+        files.home / "a file",
+        files.home / "ab" / "a file",
+        files.home / "ab" / ("g" * 64),
+        files.home / "tmp" / "a file",
+    ]
+    for path in others:
+        path.write_text("somebody's")
+    os.mkfifo(files.home / "tmp" / "a pipe")
+    assert store.clear().outcome is REMOVED
+    store.close()
+    files.open(max_bytes=RECORD_BYTES).close()
+    assert all(path.read_text() == "somebody's" for path in others)
+    assert (files.home / "tmp" / "a pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["", "ab", "tmp"])
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_directories_that_are_none(tmp_path, files, name, kind):
+    other = tmp_path / "other"
+    other.mkdir()
+    path = files.home / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(other) if kind == "link" else path.touch()
+    with pytest.raises(OSError, match=r"expected a directory|exists"):
+        files.open()
+    assert not os.listdir(other)
+
+
+def test_removed_directories_are_made_again(files):
+    with files.open(max_bytes=8 * RECORD_BYTES) as store:
+        put(store, 1)
+        subprocess.run(["rm", "-r", files.home], check=True)
+        assert get(store, 1) == [MISSING]
+        assert put(store, 1, 2) == [STORED] * 2
+        assert get(store, 1, 2) == [FOUND] * 2
+        (files.path(3).parent).rmdir()
+        assert put(store, 3) == [STORED]
+
+
+# ---- put if absent ----
+
+
+def test_who_links_first_wins(files, store, monkeypatch):
+    """Another process links the same page while this one writes it."""
+    first = filled(1, seed=1)
+    write = os.pwritev
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(os, "pwritev", write)
+        with files.open() as other:
+            assert outcomes(other.put(page_hashes(1), first)) == [STORED]
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", overtaken)
+    assert put(store, 1, seed=2) == [EXISTS]
+    read = aligned(1)
+    assert outcomes(store.get(page_hashes(1), read)) == [FOUND]
+    assert (read[0] == first[0]).all() and not files.temporaries()
+
+
+def test_sync(files, monkeypatch):
+    order = []
+    for name in ("fsync", "link"):
+        monkeypatch.setattr(os, name, lambda *a, name=name: (order.append(name), CALLS[name](*a))[1])
+    with files.open(sync=True) as store:
+        put(store, 1)
+    assert order == ["fsync", "link", "fsync"]
+    order.clear()
+    with files.open() as store:
+        put(store, 2)
+    assert order == ["link"]
+
+
+def test_only_what_nobody_writes_is_cleaned(files, store, monkeypatch):
+    dead = files.home / "tmp" / ("0" * 32)
+    dead.write_bytes(bytes(100))
+    write = os.pwritev
+
+    def opened_meanwhile(*arguments):
+        monkeypatch.setattr(os, "pwritev", write)
+        files.open().close()
+        assert len(files.temporaries()) == 1 and not dead.exists()
+        assert store.clear().outcome is REMOVED
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", opened_meanwhile)
+    assert put(store, 1) == [STORED]
+    assert get(store, 1) == [FOUND] and not files.temporaries()
+
+
+def test_who_cleans_may_be_faster_than_the_writer(files, store, monkeypatch):
+    """Between the making of a file in tmp/ and its lock."""
+    lock = fcntl.flock
+
+    def overtaken(fd, operation):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        files.open().close()
+        assert not files.temporaries()
+        return lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", overtaken)
+    assert put(store, 1) == [STORED]
+    assert get(store, 1) == [FOUND]
+
+
+# ---- limits ----
+
+
+def kept(files, *numbers):
+    return [number for number in numbers if files.path(number).exists()]
+
+
+def test_the_least_recently_used_goes_first(files):
+    with files.open(max_bytes=4 * RECORD_BYTES) as store:
+        for number in (1, 2, 3, 4):
+            put(store, number)
+            os.utime(files.path(number), (number, number))
+        assert get(store, 1) == [FOUND]
+        put(store, 5)
+        assert kept(files, 1, 2, 3, 4, 5) == [1, 3, 4, 5]
+    with files.open(max_bytes=4 * RECORD_BYTES) as store:
+        assert get(store, 3) == [FOUND]
+        assert put(store, 6) == [STORED]
+        assert kept(files, 1, 3, 4, 5, 6) == [1, 3, 5, 6]
+        assert outcomes(store.remove(page_hashes(5))) == [REMOVED]
+        put(store, 7)
+        assert kept(files, 1, 3, 6, 7) == [1, 3, 6, 7]
+    with files.open(max_bytes=2 * RECORD_BYTES) as store:
+        put(store, 8)
+        assert len(files.records()) == 2 and kept(files, 8) == [8]
+        assert store.clear().outcome is REMOVED
+        put(store, 9, 10)
+        assert kept(files, 9, 10) == [9, 10]
+
+
+def test_a_batch_larger_than_the_limit(files):
+    with files.open(max_bytes=3 * RECORD_BYTES) as store:
+        assert put(store, *range(50)) == [STORED] * 50
+        assert len(files.records()) == 3
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "garbage", "zero"])
+def test_the_usage_is_only_a_hint(files, damage):
+    with files.open(max_bytes=3 * RECORD_BYTES) as store:
+        put(store, 1, 2, 3)
+    usage = files.home / "usage"
+    usage.write_bytes({"gone": b"", "empty": b"", "garbage": b"\xff" * 7, "zero": bytes(8)}[damage])
+    if damage == "gone":
+        usage.unlink()
+    with files.open(max_bytes=3 * RECORD_BYTES) as store:
+        put(store, 4)
+        assert len(files.records()) == 3 and kept(files, 4) == [4]
+
+
+def test_other_namespaces_are_not_evicted(files):
+    other = Namespace(NAMESPACE.spec, NAMESPACE.layout, "another model")
+    with FileStore(other, files.directory) as others, files.open(max_bytes=RECORD_BYTES) as store:
+        put(others, 1, 2, 3)
+        put(store, 1, 2, 3)
+        assert has(others, 1, 2, 3) == [True] * 3 and len(files.records()) == 1
+
+
+def test_the_limit_holds_at_every_moment(files):
+    """With two stores and four threads, and pages that are removed meanwhile."""
+    limit = 12 * RECORD_BYTES
+    done, sizes, failed = threading.Event(), [], []
+
+    def work(store, seed):
+        rng = random.Random(seed)
+        for _ in range(30):
+            numbers = rng.sample(range(60), 4)
+            failed.extend(o for o in put(store, *numbers) if o not in (STORED, EXISTS))
+            store.remove(page_hashes(rng.randrange(60)))
+
+    def watch():
+        while not done.is_set():
+            with open(files.home / "usage") as usage:
+                fcntl.flock(usage, fcntl.LOCK_EX)  # nothing grows meanwhile
+                inodes = {}  # what has its name and still the one in tmp/ counts once
+                for paths in ((files.home / "tmp").iterdir(), files.records()):
+                    for file in paths:
+                        with contextlib.suppress(FileNotFoundError):
+                            inodes[file.stat().st_ino] = file.stat().st_size
+                sizes.append(sum(inodes.values()))
+            done.wait(1e-3)
+
+    with files.open(max_bytes=limit) as one, files.open(max_bytes=limit) as two:
+        put(one, 1)
+        threads = [threading.Thread(target=work, args=(store, i)) for i, store in enumerate((one, two, one, two))]
+        watcher = threading.Thread(target=watch)
+        for thread in (watcher, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        done.set()
+        watcher.join()
+        assert not failed
+        assert max(sizes) <= limit and len(sizes) > 10
+        put(one, *range(100, 112))
+        assert len(files.records()) >= 11  # what was lost to accounting is found again by a scan
+
+
+def test_a_lock_that_another_process_holds(files, monkeypatch):
+    monkeypatch.setattr("jax_kvpool.stores.file._PATIENCE_S", 0.1)
+    with files.open(max_bytes=8 * RECORD_BYTES) as store:
+        put(store, 1)
+        with open(files.home / "usage") as usage:
+            fcntl.flock(usage, fcntl.LOCK_EX)
+            (result,) = store.put(page_hashes(2), filled(1))
+            assert result.outcome is FAILED and "holds the lock" in result.reason
+            assert get(store, 1) == [FOUND]
+        assert put(store, 2) == [STORED]
+
+
+# ---- processes ----
+
+BIG = Namespace(
+    PageSpec.uniform(16, num_layers=4, slabs={"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}),
+    HOST_LAYOUTS["page_first"],
+    "a model",
+)
+
+PROCESS = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_file_store as test
+
+for line in sys.stdin:  # a process for each line, all from one that has imported everything
+    work, *arguments = line.split()
+    if not (pid := os.fork()):
+        getattr(test, work)(sys.argv[2], *map(int, arguments))
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def big_record(number):
+    """Of a page: bytes by its number, and quickly made."""
+    record = aligned(1, BIG.record_bytes)[0]
+    record.view(np.uint64)[:] = np.arange(record.size // 8, dtype=np.uint64) * 2654435761 + number
+    return record
+
+
+def is_right(record, number):
+    return (record[:-128] == big_record(number)[:-128]).all()
+
+
+def put_for_ever(directory, seed, num_pages):
+    """In batches of 4, in random order."""
+    rng = random.Random(seed)
+    with FileStore(
+        BIG, directory, direct=bool(seed % 2), max_bytes=32 * BIG.record_bytes if seed % 4 < 2 else None
+    ) as store:
+        while True:
+            numbers = rng.sample(range(num_pages), 4)
+            store.put(page_hashes(*numbers), [big_record(number) for number in numbers])
+
+
+def put_and_get(directory, seed, num_pages):
+    rng = random.Random(seed)
+    with FileStore(BIG, directory, max_bytes=24 * BIG.record_bytes) as store:
+        for _ in range(60):
+            numbers = rng.sample(range(num_pages), 4)
+            records = [big_record(number) for number in numbers]
+            assert {r.outcome for r in store.put(page_hashes(*numbers), records)} <= {STORED, EXISTS}
+            numbers = rng.sample(range(num_pages), 4)
+            for number, record, result in zip(numbers, records, store.get(page_hashes(*numbers), records), strict=True):
+                assert result.outcome in (FOUND, MISSING)
+                assert result.outcome is MISSING or is_right(record, number)
+            if not rng.randrange(10):
+                store.remove(page_hashes(*numbers))
+        assert store.num_corrupt == store.num_failed == 0
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """Starts processes that start processes: a line in is a call of a function of this module, in a new process."""
+    running = []
+
+    def start():
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", PROCESS, str(Path(__file__).parent), str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        process.stdin.close()
+        process.wait(20)
+        process.stdout.close()
+
+
+def call(process, line):
+    """Returns the new process's id."""
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def test_two_processes(tmp_path, processes):
+    both = [processes(), processes()]
+    for seed, process in enumerate(both):
+        call(process, f"put_and_get {seed} 40")
+    assert [int(process.stdout.readline()) for process in both] == [0, 0]
+    with FileStore(BIG, tmp_path) as store:
+        assert len(list(Path(store.directory).glob("??/*"))) <= 24
+        assert not os.listdir(f"{store.directory}/tmp")
+
+
+def test_a_writer_that_dies_at_any_moment(tmp_path, processes):
+    """200 of them. What is there is right, nothing else is there, and what they were writing is removed."""
+    process, rng = processes(), random.Random(0)
+    num_pages, num_left, num_found = 48, 0, 0
+    buffers = aligned(num_pages, BIG.record_bytes)
+    for seed in range(200):
+        pid = call(process, f"put_for_ever {seed} {num_pages}")
+        threading.Event().wait(0.005 + rng.random() * 0.04)
+        os.kill(pid, signal.SIGKILL)
+        assert os.WTERMSIG(int(process.stdout.readline())) == signal.SIGKILL
+        with contextlib.suppress(FileNotFoundError):
+            num_left += len(os.listdir(tmp_path / str(BIG) / "tmp"))
+        with FileStore(BIG, tmp_path) as store:
+            assert not os.listdir(f"{store.directory}/tmp")
+            names = {path.name for path in Path(store.directory).glob("??/*")}
+            results = store.get(page_hashes(*range(num_pages)), buffers)
+            found = [number for number, result in enumerate(results) if result.outcome is FOUND]
+            assert set(outcomes(results)) <= {FOUND, MISSING} and store.num_corrupt == 0
+            assert names == {page_hash(number).hex() for number in found}
+            assert all(is_right(buffers[number], number) for number in found)
+            num_found += len(found)
+            if seed % 4 == 3:
+                assert store.clear().outcome is REMOVED
+    assert num_left > 20 and num_found > 200  # the moments were the interesting ones
