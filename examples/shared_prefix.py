@@ -128,8 +128,9 @@ def mooncake(segment_bytes: int) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
 
         def start(*command: str) -> subprocess.Popen[str]:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            stack.callback(process.wait)
+            process = stack.enter_context(
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            )
             stack.callback(process.kill)
             return process
 

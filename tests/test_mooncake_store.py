@@ -580,7 +580,7 @@ class LibraryClient:
 def library(monkeypatch):
     library = Library()
     monkeypatch.setattr(mooncake, "_library", lambda: library)
-    monkeypatch.setattr("jax_kvpool.stores.trailer.fault", lambda record, name: "")
+    monkeypatch.setattr("jax_kvpool.stores.trailer.fault", lambda *_: "")
     return library
 
 
@@ -719,7 +719,7 @@ def test_names_are_not_held_up_by_transfers(library, fake):
     (late,) = futures[2].result(5)
     assert late.outcome is FAILED and late.reason == "not done in time"
     ready.set()
-    assert [future.result(5)[0].outcome for future in futures[:2]] == [MISSING] * 2
+    assert [future.result(5)[0].outcome for future in futures[:2]] == [FOUND] * 2
 
 
 def test_buffers_of_abandoned_transfers_stay_borrowed_until_the_client_is_closed(library, fake, monkeypatch):
@@ -747,7 +747,7 @@ def test_a_client_is_closed_only_when_nobody_uses_it(library, fake, monkeypatch)
     time.sleep(0.1)
     assert library.num_calls("close") == 0
     ready.set()
-    assert future.result(5) == [MISSING]
+    assert future.result(5) == [FOUND]
     assert eventually(lambda: fake.store.connected) and library.num_calls("close") == 1
 
 
@@ -757,7 +757,7 @@ def test_tries_to_connect_get_seldomer(library, fake):
     fake.store.contains(page_hashes(1))
     assert eventually(lambda: fake.store.connected)
     assert time.monotonic() - begin > 0.05 * (1 + 2 + 4 + 8 + 16)
-    assert fake.get(1) == [MISSING]
+    assert fake.get(1) == [FOUND]
     library.answers = {"batch_is_exist": [[-900]]}  # a transfer worked: soon again
     begin = time.monotonic()
     fake.store.contains(page_hashes(1))
@@ -770,7 +770,7 @@ def test_setup_is_tried_again(library):
     with Client("fake://", retry_s=0.02) as client:
         assert not client.store.connected and client.get(1) == [FAILED]
         assert eventually(lambda: client.store.connected)
-        assert client.get(1) == [MISSING] and library.num_calls("register_buffer") == 1
+        assert client.get(1) == [FOUND] and library.num_calls("register_buffer") == 1
 
 
 def test_memory_that_the_library_refuses(library, fake):
