@@ -180,11 +180,15 @@ class PageStore(abc.ABC):
         """Stores pages that are not there yet: `STORED`, `EXISTS` or `FAILED` for each. The records are sealed first:
         the store writes their trailers."""
         names = self._checked(keys, buffers)
-        with self._call():
+
+        def put() -> list[Result]:
             if not self._checks_records:
                 for name, buffer in zip(names, buffers, strict=True):
                     self._seal(name, buffer)
-            return self._results(names, lambda: self._put(names, buffers), {Outcome.STORED, Outcome.EXISTS})
+            return self._put(names, buffers)
+
+        with self._call():
+            return self._results(names, put, {Outcome.STORED, Outcome.EXISTS})
 
     def get(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
         """Reads pages into the buffers: `FOUND`, `MISSING` or `FAILED` for each."""

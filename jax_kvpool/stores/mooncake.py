@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from jax_kvpool.memory import HostMemory
 from jax_kvpool.stores.base import Buffer, Namespace, Outcome, PageStore, Result
@@ -159,6 +159,8 @@ class MooncakeStore(PageStore):
     a machine that holds pages does, over TCP, unless the environment sets other timeouts than ours. Buffers stay
     borrowed as long: a call that is given up may still write into them.
 
+    **Closing** takes up to a second, in which no other thread of Python runs: so long the library's own takes.
+
     **Removing** does not wait for leases, 10 s after a page was looked for: who reads it at that moment finds a
     checksum that is wrong.
 
@@ -171,6 +173,8 @@ class MooncakeStore(PageStore):
     Raises:
       ImportError: the library is not there, or not the system's libraries that it needs.
     """
+
+    _checks_records: ClassVar[bool] = True  # and seals only those that are put
 
     def __init__(
         self,
@@ -202,7 +206,7 @@ class MooncakeStore(PageStore):
         # The memory, [begin, end) and a view that keeps it mapped, which the client knows.
         self._registering = threading.Lock()
         self._memories: tuple[tuple[int, int, Buffer], ...] = ()
-        self._ending_event = threading.Event()
+        self._closing = threading.Event()
         self._retry_s = retry_s
         self._connector: threading.Thread | None = None
         if not self._connect():
@@ -221,6 +225,8 @@ class MooncakeStore(PageStore):
         deadline = time.monotonic() + self.timeout
         results = self._look(names, deadline)
         new = [i for i, result in enumerate(results) if result.outcome is Outcome.MISSING]
+        for i in new:
+            self._seal(names[i], buffers[i])
         addresses = [buffer.ctypes.data for buffer in buffers]
 
         def call(client: Any, some: Sequence[int]) -> list[int]:
@@ -256,7 +262,11 @@ class MooncakeStore(PageStore):
             _CHECKSUM: Result(Outcome.MISSING, "Mooncake's checksum is wrong"),
         }
         deadline = time.monotonic() + self.timeout
-        return self._run(len(names), call, outcomes, deadline, once_more=(_LEASE_EXPIRED,), transfers=True)
+        results = self._run(len(names), call, outcomes, deadline, once_more=(_LEASE_EXPIRED,), transfers=True)
+        for i, result in enumerate(results):
+            if result.outcome is Outcome.FOUND:
+                results[i] = self._found(names[i], buffers[i])
+        return results
 
     def _contains(self, names: Sequence[str]) -> list[Result]:
         return self._look(names, time.monotonic() + self.timeout)
@@ -297,7 +307,7 @@ class MooncakeStore(PageStore):
 
     def _close(self) -> None:
         atexit.unregister(self.close)
-        self._ending_event.set()
+        self._closing.set()
         if self._connector is not None:
             self._connector.join()
         client, self._client = self._client, None
@@ -443,7 +453,7 @@ class MooncakeStore(PageStore):
     def _connect_again(self) -> None:
         while True:
             self._release_stale_client()
-            if self._ending_event.wait(self._retry_s):
+            if self._closing.wait(self._retry_s):
                 return
             self._retry_s = min(2 * self._retry_s, max(self.retry_s, _MAX_RETRY_S))
             try:

@@ -60,7 +60,7 @@ def fault(record: npt.NDArray[np.uint8], namespace: Namespace, page_hash: bytes,
         if num_bytes != record.size:
             return f"{num_bytes} bytes instead of {record.size}"
         return "another page"
-    if _CHECKSUM.unpack(record[-_CHECKSUM.size :]) != (_checksum(record),):
+    if _CHECKSUM.unpack(record[-_CHECKSUM.size :].data) != (_checksum(record),):
         return "wrong checksum"
     return ""
 
