@@ -693,6 +693,13 @@ def test_only_what_failed_is_tried_again(library, fake):
     assert puts == [[names[1], names[3], names[4]], names[3:], names[4:]]
 
 
+def test_only_what_is_put_is_sealed(library, fake):
+    before = [buffer.tobytes() for buffer in fake.buffers[:3]]
+    library.answers["batch_is_exist"] = [[1, 0, -1]]
+    assert fake.put(1, 2, 3) == [EXISTS, STORED, FAILED]
+    assert [buffer.tobytes() == old for buffer, old in zip(fake.buffers, before, strict=False)] == [True, False, True]
+
+
 def test_an_exception_of_the_library_is_a_failure(library, fake):
     library.answers = {"batch_get_into": [TypeError("what")], "batch_is_exist": [OSError("why")]}
     assert fake.get(1) == fake.put(1) == [FAILED]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import os
 import threading
 
 import numpy as np
@@ -496,3 +497,20 @@ def test_sealing_writes_the_trailer_only_and_the_same_again():
     once = record.copy()
     trailer.seal(record, NAMESPACE, KEYS[0], NAMES[0])
     assert (record == once).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # of Python and JAX, about forks of processes with threads
+def test_a_forked_process_must_make_its_own():
+    store = MemoryStore(NAMESPACE)
+    if (child := os.fork()) == 0:
+        refused = 0
+        for call in (lambda: store.contains([]), lambda: store.submit(store.clear)):
+            try:
+                call()
+            except RuntimeError as error:
+                refused += "was forked" in str(error)
+        store.close()
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert store.clear().outcome is Outcome.REMOVED
+    store.close()

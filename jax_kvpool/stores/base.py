@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -170,6 +171,7 @@ class PageStore(abc.ABC):
         self._calls = threading.Condition()
         self._num_calls = 0
         self._is_closed = False
+        self._process = os.getpid()
         self._ending = threading.Lock()
         self._has_ended = False
         self._logged: set[str] = set()
@@ -230,6 +232,7 @@ class PageStore(abc.ABC):
     def submit(self, method: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
         """Runs `method(*args)`, one of the above, on a thread of the store. Its buffers are borrowed until the future
         is done, also if nobody waits for it any more; what has not begun may be cancelled. `RuntimeError` if closed."""
+        self._refuse_after_fork()
         if self._is_closed:
             raise RuntimeError(f"{type(self).__name__} is closed")
         return self._pool.submit(method, *args)
@@ -237,6 +240,8 @@ class PageStore(abc.ABC):
     def close(self) -> None:
         """Refuses calls from now on, cancels futures that have not begun, waits for calls that have, then ends the
         connection. Idempotent. Not to be called on a thread of the store."""
+        if os.getpid() != self._process:  # nothing of it lives in a process that was forked
+            return
         with self._calls:
             self._is_closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)  # before a thread that gets free begins the next one
@@ -319,6 +324,7 @@ class PageStore(abc.ABC):
 
     @contextmanager
     def _call(self) -> Iterator[None]:
+        self._refuse_after_fork()
         with self._calls:
             if self._is_closed:
                 raise RuntimeError(f"{type(self).__name__} is closed")
@@ -329,6 +335,12 @@ class PageStore(abc.ABC):
             with self._calls:
                 self._num_calls -= 1
                 self._calls.notify_all()
+
+    def _refuse_after_fork(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{type(self).__name__}: made by another process than this, which was forked from it; make one in each"
+            )
 
     def _results(self, names: Sequence[str], call: Callable[[], list[Result]], expected: set[Outcome]) -> list[Result]:
         """What `call` returns; all `FAILED` if it raises, and each that is not what the method may return."""

@@ -192,7 +192,6 @@ class MooncakeStore(PageStore):
         self.config: Final = config
         self.timeout: Final = timeout
         self.retry_s: Final = retry_s
-        self._process = os.getpid()
         pages, self._max_transfers = _TCP_LIMITS if config.protocol == "tcp" else _OTHER_LIMITS
         self._pages_per_call = max(1, min(pages, _BYTES_PER_CALL // self.record_bytes))
         # The client, and who uses it: guarded by `_state`, which is not held while the library is called.
@@ -326,26 +325,6 @@ class MooncakeStore(PageStore):
                 if not any(first <= begin and begin + buffer.size <= last for first, last, _ in memories):
                     raise ValueError(f"buffers[{i}]: not in memory that the store knows; see register")
         return names
-
-    @contextmanager
-    def _call(self) -> Iterator[None]:
-        self._refuse_after_fork()
-        with super()._call():
-            yield
-
-    def submit(self, method: Callable[..., Any], *args: Any) -> Any:
-        self._refuse_after_fork()
-        return super().submit(method, *args)
-
-    def close(self) -> None:
-        if os.getpid() == self._process:  # nothing of it lives in another one
-            super().close()
-
-    def _refuse_after_fork(self) -> None:
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                "MooncakeStore: made by another process than this, which was forked from it; make one in each process"
-            )
 
     # ---- calls of the library ----
 
