@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -78,8 +79,12 @@ def wall_seconds(function, state):
 
 
 def machine():
-    """The device, its driver and its link, for the head of a table."""
+    """The GPU, its driver and its link, or the CPU, for the head of a table."""
     device = jax.devices()[0]
+    if device.platform == "cpu":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+        return {"device": f"{model}, {len(os.sched_getaffinity(0))} cores", "jax": jax.__version__}
     query = "driver_version,pcie.link.gen.max,pcie.link.width.max"
     try:
         output = subprocess.run(
