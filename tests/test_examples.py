@@ -18,7 +18,6 @@ sys.path.insert(0, str(EXAMPLES))
 
 import model  # noqa: E402
 import server  # noqa: E402
-import shared_prefix  # noqa: E402
 import trace_replay  # noqa: E402
 
 TINY = model.MODELS["tiny"]
@@ -69,6 +68,9 @@ def test_a_host_pool_that_is_too_small():
 @pytest.mark.parametrize("where", ["files", "mooncake"])
 def test_two_servers_share_a_prefix(where, tmp_path, capsys):
     """All pages come from the store, and all answers are equal: the program fails otherwise."""
+    pytest.importorskip("xxhash")
+    import shared_prefix
+
     if where == "mooncake" and (reason := mooncake_servers.missing()):
         pytest.skip(reason)
     options = ["--directory", str(tmp_path / "pages")] if where == "files" else []

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_kvpool import HOST_LAYOUTS, PageSpec
-from jax_kvpool.stores import FileStore, Namespace, Outcome
-from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes
+pytest.importorskip("xxhash", reason="page stores need xxhash")
+
+from jax_kvpool import HOST_LAYOUTS, PageSpec  # noqa: E402
+from jax_kvpool.stores import FileStore, Namespace, Outcome  # noqa: E402
+from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes  # noqa: E402
 
 STORED, EXISTS, FOUND, REMOVED, MISSING, FAILED = Outcome
 NAMESPACE = Namespace(
