@@ -19,9 +19,9 @@ import pytest
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
-from jax_kvpool import HOST_LAYOUTS, PageSpec  # noqa: E402
-from jax_kvpool.stores import FileStore, Namespace, Outcome  # noqa: E402
-from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes  # noqa: E402
+from jax_kvpool import HOST_LAYOUTS, PageSpec
+from jax_kvpool.stores import FileStore, Namespace, Outcome
+from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes
 
 STORED, EXISTS, FOUND, REMOVED, MISSING, FAILED = Outcome
 NAMESPACE = Namespace(

@@ -17,11 +17,11 @@ from mooncake_servers import MooncakeServers, eventually
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
-from jax_kvpool import HostMemory, HostPool, PageSpec  # noqa: E402
-from jax_kvpool.layout import HOST_LAYOUTS  # noqa: E402
-from jax_kvpool.stores import Namespace, Outcome, mooncake  # noqa: E402
-from jax_kvpool.stores.mooncake import MooncakeConfig, MooncakeStore  # noqa: E402
-from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes  # noqa: E402
+from jax_kvpool import HostMemory, HostPool, PageSpec
+from jax_kvpool.layout import HOST_LAYOUTS
+from jax_kvpool.stores import Namespace, Outcome, mooncake
+from jax_kvpool.stores.mooncake import MooncakeConfig, MooncakeStore
+from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes
 
 STORED, EXISTS, FOUND = Outcome.STORED, Outcome.EXISTS, Outcome.FOUND
 REMOVED, MISSING, FAILED = Outcome.REMOVED, Outcome.MISSING, Outcome.FAILED

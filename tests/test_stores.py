@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
-from jax_kvpool import HOST_LAYOUTS, PageSpec, Slab  # noqa: E402
-from jax_kvpool.stores import MemoryStore, Namespace, Outcome, Result, base, trailer  # noqa: E402
-from jax_kvpool.stores.memory import Fault  # noqa: E402
-from jax_kvpool.testing.stores import StoreConformance  # noqa: E402
+from jax_kvpool import HOST_LAYOUTS, PageSpec, Slab
+from jax_kvpool.stores import MemoryStore, Namespace, Outcome, Result, base, trailer
+from jax_kvpool.stores.memory import Fault
+from jax_kvpool.testing.stores import StoreConformance
 
 STORED, EXISTS, FOUND, REMOVED, MISSING, FAILED = Outcome
 SPEC = PageSpec.uniform(4, num_layers=2, slabs={"k": ((2, 8), "bfloat16"), "v": ((2, 8), "bfloat16")})
