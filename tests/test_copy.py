@@ -187,18 +187,21 @@ def test_operands_that_the_plan_was_not_made_for():
 
 def test_beyond_4_gib():
     """64-bit offsets, over a sparse mapping: 5 GiB of which only the touched pages exist."""
-    spec = PageSpec.uniform(1, 1, {"k": ((4, 1024), "uint8")})
-    num_pages = (5 << 30) // 4096
-    big = np.zeros(num_pages * 4096, np.uint8)  # untouched pages take no memory
-    small = np.zeros(2 * 4096, np.uint8)
+    slab, record = 3968, 4096  # bytes
+    spec = PageSpec.uniform(1, 1, {"k": ((4, slab // 4), "uint8")})
+    num_pages = (5 << 30) // slab
     last = num_pages - 1
-    big[last * 4096 :] = 7
-    small[4096:] = 9
     pages = np.array([last], np.int32)
+    big = np.zeros(num_pages * record, np.uint8)  # untouched pages take no memory
     # The device pool is the big one, then the host pool is.
+    device, host = big[: num_pages * slab], np.zeros(2 * record, np.uint8)
+    device[last * slab :], host[record:] = 7, 9
     plan, *_ = copy_plan(spec, DEVICE_LAYOUTS["per_layer"], num_pages, HOST_LAYOUTS["page_first"], 2, ((0,),))
-    _cpu.copy_pages(plan, False, small, [big], pages, np.zeros(1, np.int32), 0)
-    assert (small[:4096] == 7).all() and (small[4096:] == 9).all()
+    _cpu.copy_pages(plan, False, host, [device], pages, np.zeros(1, np.int32), 0)
+    assert (host[:slab] == 7).all() and not host[slab:record].any() and (host[record:] == 9).all()
+    device[last * slab :] = 0
+    device, host = np.full(2 * slab, 9, np.uint8), big
     plan, *_ = copy_plan(spec, DEVICE_LAYOUTS["per_layer"], 2, HOST_LAYOUTS["page_first"], num_pages, ((0,),))
-    _cpu.copy_pages(plan, False, big, [small], np.ones(1, np.int32), pages, 0)
-    assert (big[last * 4096 :] == 9).all() and not big[:4096].any() and not big[(last - 1) * 4096 : last * 4096].any()
+    _cpu.copy_pages(plan, False, host, [device], np.ones(1, np.int32), pages, 0)
+    assert (host[last * record :][:slab] == 9).all() and not host[last * record + slab :].any()
+    assert not host[: 2 * record].any() and not host[(last - 1) * record : last * record].any()

@@ -14,12 +14,22 @@ from jax_kvpool import HostMemory, memory
 MIB = 2**20
 
 
+_MARK, _MARK_OFFSET = b"not of another mapping at this address", 64
+
+
+def marked(memory):
+    """The address of a host memory, where `is_mapped` will know it: once it is unmapped, a thread may map other memory
+    at the same place."""
+    memory.view(_MARK_OFFSET, _MARK_OFFSET + len(_MARK), writable=True)[:] = np.frombuffer(_MARK, np.uint8)
+    return memory.address
+
+
 def is_mapped(address):
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
-        if begin <= address < end:
-            return True
-    return False
+    with Path("/proc/self/mem").open("rb", buffering=0) as memory:
+        try:
+            return os.pread(memory.fileno(), len(_MARK), address + _MARK_OFFSET) == _MARK
+        except OSError:
+            return False
 
 
 def eventually(condition, seconds=20):
@@ -75,7 +85,7 @@ def test_progress(monkeypatch, cuda_device):
 
 def test_closed_is_closed_and_unmapped(cuda_device):
     host = HostMemory(4 * MIB, cuda_device=cuda_device)
-    address = host.address
+    address = marked(host)
     host.close()
     host.close()
     assert not is_mapped(address)
@@ -86,7 +96,7 @@ def test_closed_is_closed_and_unmapped(cuda_device):
 
 def test_a_view_keeps_it_mapped(cuda_device):
     host = HostMemory(4 * MIB, cuda_device=cuda_device)
-    address, view = host.address, host.view(writable=True)[5:7]
+    address, view = marked(host), host.view(writable=True)[5:7]
     host.close()
     assert is_mapped(address)
     view[:] = 1
@@ -99,7 +109,7 @@ def test_a_jax_array_keeps_it_mapped(device, cuda_device):
     kind = (1, device.local_hardware_id) if cuda_device is None else (3, cuda_device)
     array = jax.dlpack.from_dlpack(host.dlpack(4, kind))
     second = jax.dlpack.from_dlpack(host.dlpack(2, kind))
-    address = host.address
+    address = marked(host)
     assert array.unsafe_buffer_pointer() == second.unsafe_buffer_pointer() == address
     host.close()
     del array
@@ -111,14 +121,14 @@ def test_a_jax_array_keeps_it_mapped(device, cuda_device):
 
 def test_a_dropped_memory_is_unmapped(cuda_device):
     host = HostMemory(4 * MIB, cuda_device=cuda_device)
-    address = host.address
+    address = marked(host)
     del host
     assert eventually(lambda: not is_mapped(address))
 
 
 def test_an_unused_capsule_is_freed():
     host = HostMemory(MIB)
-    address, capsule = host.address, host.dlpack(1, (1, 0)).__dlpack__()
+    address, capsule = marked(host), host.dlpack(1, (1, 0)).__dlpack__()
     host.close()
     assert is_mapped(address)
     del capsule

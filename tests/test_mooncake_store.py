@@ -17,6 +17,8 @@ from mooncake_servers import MooncakeServers, eventually
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
+from test_memory import is_mapped, marked
+
 from jax_kvpool import HostMemory, HostPool, PageSpec
 from jax_kvpool.layout import HOST_LAYOUTS
 from jax_kvpool.stores import Namespace, Outcome, mooncake
@@ -403,18 +405,12 @@ def test_other_memory_is_refused(empty):
 @needs_servers
 def test_memory_stays_mapped_until_the_store_is_closed(empty):
     with Client(empty.address) as client:
-        buffers, client.buffers = client.buffers, []
-        address = buffers[0].ctypes.data
-        del buffers
+        address = marked(client.pool.memories[0])
+        client.buffers = []
         client.pool.close()
-
-        def is_mapped():
-            maps = Path("/proc/self/maps").read_text().splitlines()
-            return any(int(a, 16) <= address < int(b, 16) for a, b in (line.split()[0].split("-") for line in maps))
-
-        assert is_mapped()
+        assert is_mapped(address)
         client.store.close()
-        assert eventually(lambda: not is_mapped())
+        assert eventually(lambda: not is_mapped(address))
 
 
 @needs_servers

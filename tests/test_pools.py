@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_memory import is_mapped
+from test_memory import is_mapped, marked
 
 from jax_kvpool import (
     DEVICE_LAYOUTS,
@@ -212,7 +212,7 @@ def test_view_errors():
 
 def test_close_frees_the_memory_and_ends_the_use(device):
     host, pool = HostPool.create(GQA, 3, device=device), jax.device_put(DevicePool.create(GQA, 3), device)
-    address = host.memories[0].address
+    address = marked(host.memories[0])
     pool = load(pool, host, [0], [1])
     host.close()
     host.close()
