@@ -370,7 +370,8 @@ class _Limit:
                 modified, path = self._oldest.pop()
                 with contextlib.suppress(OSError):  # not there any more, or not ours to remove
                     status = os.lstat(path)
-                    if status.st_mtime_ns == modified:
+                    # One with two names is new: its writer is about to remove that in tmp/, which would not be counted.
+                    if status.st_mtime_ns == modified and status.st_nlink == 1:
                         self._unlink(path, status, usage)
             elif has_scanned:
                 return False
