@@ -386,13 +386,14 @@ class _Limit:
             usage[0] -= status.st_size
 
     def _scan(self, usage: list[int]) -> list[tuple[int, str]]:
-        usage[0] = _clean(self._directory)
+        sizes = _clean(self._directory)  # by file: one may get its name during the scan, and counts once
         found = []
         for entry in _records(self._directory):
             with contextlib.suppress(FileNotFoundError):
                 status = entry.stat(follow_symlinks=False)
-                usage[0] += status.st_size
+                sizes[status.st_ino] = status.st_size
                 found.append((status.st_mtime_ns, entry.path))
+        usage[0] = sum(sizes.values())
         found.sort()
         return found[len(found) // 8 + 64 :: -1]
 
@@ -433,9 +434,10 @@ def _records(directory: str) -> Iterator[os.DirEntry[str]]:
                     yield entry
 
 
-def _clean(directory: str) -> int:
-    """Removes what writers that died left in tmp/. Returns the bytes of what others are writing there."""
-    num_bytes = 0
+def _clean(directory: str) -> dict[int, int]:
+    """Removes what writers that died left in tmp/. Returns the bytes of each file, by its inode, that others are
+    writing there."""
+    sizes = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(f"{directory}/tmp") as entries:
         for entry in entries:
             try:
@@ -448,13 +450,13 @@ def _clean(directory: str) -> int:
                     continue
                 if _try_lock(fd):
                     os.unlink(entry.path)
-                elif status.st_nlink == 1:
-                    num_bytes += status.st_size
+                else:
+                    sizes[status.st_ino] = status.st_size
             except FileNotFoundError:
                 pass
             finally:
                 os.close(fd)
-    return num_bytes
+    return sizes
 
 
 def _try_lock(fd: int) -> bool:
