@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
 from jax_kvpool import HOST_LAYOUTS, PageSpec
-from jax_kvpool.stores import FileStore, Namespace, Outcome, file
+from jax_kvpool.stores import FileStore, Namespace, Outcome, directory
 from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes
 
 STORED, EXISTS, FOUND, REMOVED, MISSING, FAILED = Outcome
@@ -509,21 +509,21 @@ def test_a_batch_larger_than_the_limit(files):
 
 
 def test_a_record_that_gets_its_name_during_a_scan_counts_once(files, monkeypatch):
-    write, clean = os.pwritev, file._clean
+    write, clean = os.pwritev, directory.clean
     is_writing, may_go_on = threading.Event(), threading.Event()
     with files.open(max_bytes=3 * RECORD_BYTES) as slow, files.open(max_bytes=3 * RECORD_BYTES) as scanning:
         monkeypatch.setattr(os, "pwritev", lambda *a: (is_writing.set(), may_go_on.wait(20), write(*a))[2])
         putting = slow.submit(put, slow, 1)
         assert is_writing.wait(20)
 
-        def named_meanwhile(directory):
-            found = clean(directory)
+        def named_meanwhile(path):
+            found = clean(path)
             monkeypatch.setattr(os, "pwritev", write)
             may_go_on.set()
             assert putting.result(20) == [STORED]
             return found
 
-        monkeypatch.setattr(file, "_clean", named_meanwhile)
+        monkeypatch.setattr(directory, "clean", named_meanwhile)
         assert put(scanning, 2) == [STORED]
     assert int.from_bytes((files.home / "usage").read_bytes(), "little") == 2 * RECORD_BYTES
 
@@ -590,7 +590,7 @@ def test_the_limit_holds_at_every_moment(files):
 
 
 def test_a_lock_that_another_process_holds(files, monkeypatch):
-    monkeypatch.setattr("jax_kvpool.stores.file._PATIENCE_S", 0.1)
+    monkeypatch.setattr("jax_kvpool.stores.directory._PATIENCE_S", 0.1)
     with files.open(max_bytes=8 * RECORD_BYTES) as store:
         put(store, 1)
         with open(files.home / "usage") as usage:

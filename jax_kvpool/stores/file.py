@@ -27,25 +27,18 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import stat
-import struct
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Final
 
 from jax_kvpool.layout import RECORD_ALIGNMENT
 from jax_kvpool.stores.base import Buffer, Namespace, Outcome, PageStore, Result
+from jax_kvpool.stores.directory import OURS, SUBDIRECTORIES, Limit, clean, records, sync_directory, try_lock
 
 __all__ = ["FileStore"]
 
-_HASH: Final = re.compile(r"[0-9a-f]{32,64}")
-_SUBDIRECTORIES: Final = [f"{i:02x}" for i in range(256)]
-_USAGE: Final = struct.Struct("<q")
-_PATIENCE_S: Final = 10.0
-_OURS: Final = os.O_NOFOLLOW | os.O_NONBLOCK  # no link leads elsewhere, and a pipe does not block
 _Transfer = Callable[[int, Sequence[memoryview], int], int]
 
 
@@ -102,9 +95,9 @@ class FileStore(PageStore):
         self._sync = sync
         # Buffered, bytes are moved by the CPU, and more threads than it has cores only wait for each other.
         self._depth = depth if direct else min(depth, len(os.sched_getaffinity(0)))
-        self._limit = None if max_bytes is None else _Limit(self.directory, self.record_bytes, max_bytes)
+        self._limit = None if max_bytes is None else Limit(self.directory, self.record_bytes, max_bytes)
         self._make_directories()
-        _clean(self.directory)
+        clean(self.directory)
         self._io = concurrent.futures.ThreadPoolExecutor(depth, thread_name_prefix="FileStore-io")
 
     # ---- what a store does ----
@@ -133,10 +126,10 @@ class FileStore(PageStore):
         return self._each(remove, len(names))
 
     def _clear(self) -> Result:
-        for entry in _records(self.directory):
+        for entry in records(self.directory):
             with contextlib.suppress(FileNotFoundError):
                 self._unlink(entry.path)
-        _clean(self.directory)
+        clean(self.directory)
         return Result(Outcome.REMOVED)
 
     def _close(self) -> None:
@@ -164,12 +157,12 @@ class FileStore(PageStore):
         if not is_stored:
             return Result(Outcome.EXISTS)
         if self._sync:
-            _sync_directory(os.path.dirname(path))
+            sync_directory(os.path.dirname(path))
         return Result(Outcome.STORED)
 
     def _get_one(self, name: str, buffer: Buffer) -> Result:
         try:
-            fd = os.open(self._path(name), os.O_RDONLY | _OURS)
+            fd = os.open(self._path(name), os.O_RDONLY | OURS)
         except FileNotFoundError:
             return Result(Outcome.MISSING)
         except OSError as error:
@@ -233,13 +226,13 @@ class FileStore(PageStore):
         for _ in range(3):
             path = f"{self.directory}/tmp/{uuid.uuid4().hex}"
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _OURS, 0o600)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OURS, 0o600)
             except FileNotFoundError:  # somebody removed the directories
                 self._make_directories()
                 continue
             try:
                 # Who cleans may have been faster than our lock. Afterwards it cannot take the file any more.
-                if _try_lock(fd) and os.fstat(fd).st_nlink:
+                if try_lock(fd) and os.fstat(fd).st_nlink:
                     yield path, fd
                     return
             finally:
@@ -324,152 +317,7 @@ class FileStore(PageStore):
         return results
 
     def _make_directories(self) -> None:
-        for path in (self.directory, *(f"{self.directory}/{name}" for name in ("tmp", *_SUBDIRECTORIES))):
+        for path in (self.directory, *(f"{self.directory}/{name}" for name in ("tmp", *SUBDIRECTORIES))):
             os.makedirs(path, 0o700, exist_ok=True)
             if not stat.S_ISDIR(os.lstat(path).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, "expected a directory, not a link", path)
-
-
-class _Limit:
-    """Keeps the sizes of a namespace's files, those in tmp/ included, within `max_bytes`, with other processes.
-
-    Whatever changes the sum does so under the lock of the file `usage`, so that at any moment under the lock, also one
-    after a crash, a scan finds it; what is in the file may only be too much.
-    """
-
-    def __init__(self, directory: str, record_bytes: int, max_bytes: int) -> None:
-        self._directory = directory
-        self._record_bytes = record_bytes
-        self._max_bytes = max_bytes
-        self._mutex = threading.Lock()
-        self._oldest: list[tuple[int, str]] | None = None  # times and paths, the oldest at the end; None: no scan yet
-
-    def take(self, fd: int) -> None:
-        """Makes room for a record and takes it for this empty file, which is as long as one from then on."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while True:
-            with self._locked() as usage:
-                if self._has_room(usage):
-                    os.ftruncate(fd, self._record_bytes)
-                    usage[0] += self._record_bytes
-                    return
-            if time.monotonic() > deadline:
-                raise OSError(errno.ENOSPC, "max_bytes are taken by records that are being written")
-            time.sleep(1e-3)
-
-    def unlink(self, path: str) -> None:
-        with self._locked() as usage:
-            self._unlink(path, os.lstat(path), usage)
-
-    def _has_room(self, usage: list[int]) -> bool:
-        has_scanned = self._oldest is None
-        if self._oldest is None:
-            self._oldest = self._scan(usage)
-        while usage[0] + self._record_bytes > self._max_bytes:
-            if self._oldest:
-                modified, path = self._oldest.pop()
-                with contextlib.suppress(OSError):  # not there any more, or not ours to remove
-                    status = os.lstat(path)
-                    # One with two names is new: its writer is about to remove that in tmp/, which would not be counted.
-                    if status.st_mtime_ns == modified and status.st_nlink == 1:
-                        self._unlink(path, status, usage)
-            elif has_scanned:
-                return False
-            else:
-                self._oldest = self._scan(usage)
-                has_scanned = True
-        return True
-
-    def _unlink(self, path: str, status: os.stat_result, usage: list[int]) -> None:
-        os.unlink(path)
-        if status.st_nlink == 1:
-            usage[0] -= status.st_size
-
-    def _scan(self, usage: list[int]) -> list[tuple[int, str]]:
-        sizes = _clean(self._directory)  # by file: one may get its name during the scan, and counts once
-        found = []
-        for entry in _records(self._directory):
-            with contextlib.suppress(FileNotFoundError):
-                status = entry.stat(follow_symlinks=False)
-                sizes[status.st_ino] = status.st_size
-                found.append((status.st_mtime_ns, entry.path))
-        usage[0] = sum(sizes.values())
-        found.sort()
-        return found[len(found) // 8 + 64 :: -1]
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[list[int]]:
-        """The usage, to be changed in place. `OSError` if another process is too slow."""
-        deadline = time.monotonic() + _PATIENCE_S
-        if not self._mutex.acquire(timeout=_PATIENCE_S):
-            raise OSError(errno.ETIMEDOUT, "another thread holds the lock of the directory")
-        try:
-            fd = os.open(f"{self._directory}/usage", os.O_RDWR | os.O_CREAT | _OURS, 0o600)
-            try:
-                while not _try_lock(fd):
-                    if time.monotonic() > deadline:
-                        raise OSError(errno.ETIMEDOUT, "another process holds the lock of the directory")
-                    time.sleep(1e-4)
-                data = os.pread(fd, _USAGE.size, 0)
-                if not (is_known := len(data) == _USAGE.size):
-                    self._oldest = None  # who takes room scans first
-                usage = list(_USAGE.unpack(data.ljust(_USAGE.size, b"\0")))
-                try:
-                    yield usage
-                finally:
-                    if is_known or self._oldest is not None:
-                        os.pwrite(fd, _USAGE.pack(*usage), 0)
-            finally:
-                os.close(fd)
-        finally:
-            self._mutex.release()
-
-
-def _records(directory: str) -> Iterator[os.DirEntry[str]]:
-    """All files that are called as records are, whatever they are, except directories."""
-    for name in _SUBDIRECTORIES:
-        with contextlib.suppress(FileNotFoundError), os.scandir(f"{directory}/{name}") as entries:
-            for entry in entries:
-                if _HASH.fullmatch(entry.name) and not entry.is_dir(follow_symlinks=False):
-                    yield entry
-
-
-def _clean(directory: str) -> dict[int, int]:
-    """Removes what writers that died left in tmp/. Returns the bytes of each file, by its inode, that others are
-    writing there."""
-    sizes = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(f"{directory}/tmp") as entries:
-        for entry in entries:
-            try:
-                fd = os.open(entry.path, os.O_RDWR | _OURS)
-            except OSError:  # done meanwhile, or no file of ours
-                continue
-            try:
-                status = os.fstat(fd)
-                if not _HASH.fullmatch(entry.name) or not stat.S_ISREG(status.st_mode):
-                    continue
-                if _try_lock(fd):
-                    os.unlink(entry.path)
-                else:
-                    sizes[status.st_ino] = status.st_size
-            except FileNotFoundError:
-                pass
-            finally:
-                os.close(fd)
-    return sizes
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
