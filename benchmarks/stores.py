@@ -39,7 +39,6 @@ class Mooncake:
         self._client = MooncakeDistributedStore()
         if code := self._client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 0, "tcp", "", master):
             raise RuntimeError(f"setup: {code}")
-        self._registered = []
 
     def register(self, memory):
         self._client.register_buffer(memory.address, memory.num_bytes)

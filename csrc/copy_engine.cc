@@ -78,7 +78,7 @@ cudaError_t Staging::Copy(const Stage& stage, char* host, const ReadableIds& ids
     const int64_t index = num_batches_++ % 2;
     char* half = data_ + index * half_bytes_;
     if (index < static_cast<int64_t>(empty_.size())) {
-      error = cudaStreamWaitEvent(fills, static_cast<cudaEvent_t>(empty_[index]), 0);
+      error = cudaStreamWaitEvent(fills, empty_[index], 0);
     } else {
       cudaEvent_t event = nullptr;
       error = side.TakeEvent(event);
@@ -87,7 +87,7 @@ cudaError_t Staging::Copy(const Stage& stage, char* host, const ReadableIds& ids
     if (!error) error = is_load ? move_records(begin, end, half) : launch(begin, end, half);
     if (!error) error = side.Order(fills, empties);
     if (!error) error = is_load ? launch(begin, end, half) : move_records(begin, end, half);
-    if (!error) error = cudaEventRecord(static_cast<cudaEvent_t>(empty_[index]), empties);
+    if (!error) error = cudaEventRecord(empty_[index], empties);
     begin = end;
   }
   return error;

@@ -36,13 +36,13 @@ class Staging {
                    cudaStream_t stream, cudaStream_t engine, SideStreams& side);
 
   // To be called behind the last stage, also after an error.
-  void GiveBackEvents(SideStreams& side) { side.GiveBack({empty_.begin(), empty_.end()}); }
+  void GiveBackEvents(SideStreams& side) { side.GiveBack(empty_); }
 
  private:
   char* data_;
   int64_t half_bytes_;
   int64_t num_batches_ = 0;
-  std::vector<void*> empty_;  // an event for each half that was used
+  std::vector<cudaEvent_t> empty_;  // an event for each half that was used
 };
 
 }  // namespace kvpool

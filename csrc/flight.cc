@@ -50,7 +50,7 @@ cudaError_t Flight::EnqueueUntil(size_t end, SideStreams& side) {
 }
 
 void Flight::GiveBackEvents(SideStreams& side) {
-  for (const auto& events : done_) side.GiveBack({events.begin(), events.end()});
+  for (const auto& events : done_) side.GiveBack(events);
   store_.GiveBackEvents(side);
   load_.GiveBackEvents(side);
 }

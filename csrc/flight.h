@@ -39,7 +39,7 @@ class Flight {
   cudaError_t Start(cudaStream_t stream, SideStreams& side);
 
   // Makes `stream` wait for `stage`, and enqueues the next ones. They are not enqueued all at once, so that the layers
-  // behind the start need not wait for the CPU: 4,096 pieces for the copy engine take it some milliseconds.
+  // behind the start need not wait for the CPU: 4,096 spans for the copy engine take it some milliseconds.
   cudaError_t Wait(size_t stage, cudaStream_t stream, SideStreams& side);
 
   // To be called when nobody waits any more; nothing is enqueued afterwards.

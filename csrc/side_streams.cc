@@ -30,7 +30,7 @@ cudaError_t SideStreams::TakeEvent(cudaEvent_t& event) {
   {
     const std::lock_guard lock(mutex_);
     if (!free_.empty()) {
-      event = static_cast<cudaEvent_t>(free_.back());
+      event = free_.back();
       free_.pop_back();
       return cudaSuccess;
     }
@@ -38,7 +38,7 @@ cudaError_t SideStreams::TakeEvent(cudaEvent_t& event) {
   return cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
 }
 
-void SideStreams::GiveBack(const std::vector<void*>& events) {
+void SideStreams::GiveBack(const std::vector<cudaEvent_t>& events) {
   const std::lock_guard lock(mutex_);
   free_.insert(free_.end(), events.begin(), events.end());
 }

@@ -23,7 +23,7 @@ class SideStreams {
   // An event that nobody else has, until it is given back. What waits for it then goes on to wait for what it was
   // recorded at.
   cudaError_t TakeEvent(cudaEvent_t& event);
-  void GiveBack(const std::vector<void*>& events);
+  void GiveBack(const std::vector<cudaEvent_t>& events);
 
   // Waits, on the host, for all streams: when a step has failed, what still runs must not outlive its buffers.
   void Synchronize();
@@ -37,7 +37,7 @@ class SideStreams {
   bool is_created_ = false;
   cudaStream_t load_ = nullptr, store_ = nullptr, load_engine_ = nullptr, store_engine_ = nullptr;
   std::mutex mutex_;  // of free_
-  std::vector<void*> free_;
+  std::vector<cudaEvent_t> free_;
 };
 
 }  // namespace kvpool

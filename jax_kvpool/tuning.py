@@ -68,17 +68,18 @@ class Tuning:
         half_bytes: 1 GB takes 20.8, 20.4, 20.3 ms with 4, 8, 16 MB. Larger ones disturb a model more, 32 MB and more
         make it up to 1.08 times as long, and cost small copies more, since the link idles for the time of one scatter.
 
-        max_store_blocks_beside: a store by kernel makes a prefill of 1,024 tokens 1.26, 1.07, 1.21, 1.32, 1.37 times as
-        long with 1, 2, 4, 8, 16 blocks: SMs that write to the host slow down all others (benchmarks/interference.py
-        --blocks 1 2 4 8 16). A load, 1.09 with 2 or 4, 1.13 with 8.
+        max_store_blocks_beside: a store by kernel makes a prefill of 1,024 tokens, 41 ms, 1.07, 1.21, 1.32, 1.37 times
+        as long with 2, 4, 8, 16 blocks: SMs that write to the host slow down all others (benchmarks/interference.py
+        --blocks 2 4 8 16). With 1 block the store itself takes 49 ms, and both together 62. A load: 1.09 with 2 or 4,
+        1.13 with 8.
 
         min_span_bytes_beside: the prefills of 1,024 and of 64 tokens, copy engine / kernel, times as long:
 
                    32 KB        64 KB        128 KB       256 KB       512 KB
-          load  1.12                      1.03 / 1.04               1.04 / 1.09   1,024 tokens
+          load  1.14 / 1.08               1.04 / 1.04               1.05 / 1.09   1,024 tokens
                                           1.24 / 1.08               1.14 / 1.11   64 tokens
-          store              1.03 / 1.06               1.04 / 1.07                1,024 tokens
-                             1.51 / 1.37               1.31 / 1.32                64 tokens
+          store              1.03 / 1.06               1.05 / 1.07                1,024 tokens
+                             1.51 / 1.37               1.32 / 1.32                64 tokens
 
         min_stage_bytes: a launch and an event take about 5 us.
         """
