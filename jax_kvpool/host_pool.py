@@ -137,9 +137,8 @@ class HostPool:
         }
 
     def close(self) -> None:
-        """Deletes `array` and closes the memories, which unmaps them unless a view looks at them. Idempotent.
-
-        Steps that were dispatched before finish; a later one raises before it starts.
+        """Deletes `array` and closes the memories: they are unmapped when no view looks at them and the steps that were
+        dispatched before have finished. A later step raises before it starts. Idempotent.
         """
         if self.memories and not self.array.is_deleted():
             self.array.delete()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_memory import is_mapped, marked
+from test_memory import eventually, is_mapped, marked
 
 from jax_kvpool import (
     DEVICE_LAYOUTS,
@@ -216,7 +216,7 @@ def test_close_frees_the_memory_and_ends_the_use(device):
     pool = load(pool, host, [0], [1])
     host.close()
     host.close()
-    assert not is_mapped(address)
+    assert eventually(lambda: not is_mapped(address))  # when the load is done
     with pytest.raises(RuntimeError, match="deleted"):
         load(pool, host, [0], [1])
 
