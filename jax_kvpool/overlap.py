@@ -97,7 +97,8 @@ def run_layers(
     load_plan = copy_plan(*places, min_span_bytes(True, *load_pairs, is_beside=True))
     store_plan = copy_plan(*places, min_span_bytes(False, *store_pairs, is_beside=True))
     scratch = [
-        scratch_bytes(plan, device, *pairs) or 0 for plan, pairs in ((load_plan, load_pairs), (store_plan, store_pairs))
+        scratch_bytes(plan, device, *pairs, is_beside=True) or 0
+        for plan, pairs in ((load_plan, load_pairs), (store_plan, store_pairs))
     ]
     arrays = device.flat_arrays()
     # One wait for each stage, or in a scan for each layer.

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, Tuning, calibrate, load, tuning
+from jax_kvpool import DevicePool, HostPool, PageSpec, Tuning, calibrate, load, ops, tuning
 
 H100 = Tuning(
     max_blocks=4,
@@ -35,6 +35,18 @@ def test_without_a_gpu():
     assert tuning.current() == H100
     with pytest.raises(RuntimeError, match="expected a GPU"):
         calibrate()
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "alone", "beside"),
+    [(1, 4, 4), (40, 5, 5), (64, 8, 8), (256, 8, 8), (1024, 8, 16), (2048, 8, 32), (4096, 8, 64), (16384, 8, 64)],
+)
+def test_batches(megabytes, alone, beside):
+    """The link does not idle at the ends of a small copy, nor while a kernel waits for the model's blocks to end."""
+    device = DevicePool.create(PageSpec.uniform(16, 1, {"k": ((64, 1024), "uint8")}), 1)  # 1 MB a page
+    with tuning.using(H100):
+        assert ops._batch_bytes(device, megabytes) == alone << 20
+        assert ops._batch_bytes(device, megabytes, is_beside=True) == beside << 20
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Tuning)])
