@@ -33,7 +33,7 @@ class Tuning:
     Attributes:
       max_blocks: thread blocks of a kernel that loads or stores. More disturb the model, fewer slow down the copy.
       min_load_span_bytes, min_store_span_bytes: what the copy engine moves at once, at least; below, a kernel does it.
-      half_bytes: one half of the staging between copy engine and kernel.
+      half_bytes: one half of the staging between copy engine and kernel; beside a model up to eight times that.
       max_store_blocks_beside, min_span_bytes_beside: max_blocks of a store, and what the copy engine moves in either
         direction, beside a model.
       min_stage_bytes: what a stage of a copy beside a model moves, at least.
@@ -65,8 +65,9 @@ class Tuning:
           load     0.73 / 0.85  0.98 / 0.92  0.97 / 0.93  0.99 / 0.94  0.98 / 0.93
           store                 0.84 / 0.94  0.94 / 0.94  0.97 / 0.94  0.98 / 0.93
 
-        half_bytes: 1 GB takes 20.8, 20.4, 20.3 ms with 4, 8, 16 MB. Larger ones disturb a model more, 32 MB and more
-        make it up to 1.08 times as long, and cost small copies more, since the link idles for the time of one scatter.
+        half_bytes: 1 GB takes 20.8, 20.4, 20.3 ms with 4, 8, 16 MB. Larger ones cost small copies more, since the link
+        idles for the time of one scatter. Beside a prefill 1 GB takes 34.8, 34.7, 35.5 ms with 8, 16, 32 MB, but more
+        needs larger ones (ops.py).
 
         max_store_blocks_beside: a store by kernel makes a prefill of 1,024 tokens, 41 ms, 1.07, 1.21, 1.32, 1.37 times
         as long with 2, 4, 8, 16 blocks: SMs that write to the host slow down all others (benchmarks/interference.py
