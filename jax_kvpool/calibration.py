@@ -43,7 +43,7 @@ def calibrate(*, save: bool = True) -> Tuning:
 
     Run it while nothing else uses the GPU. Raises `RuntimeError` without a GPU.
     """
-    gpu = jax.devices()[0]
+    gpu = jax.local_devices()[0]
     if gpu.platform != "gpu":
         raise RuntimeError(f"calibrate: expected a GPU as JAX's first device, got {gpu}")
     enough = set(_BLOCKS)

@@ -54,7 +54,8 @@ def load(
       device_pages, host_pages: int32 arrays (or lists) of one length. A pair with an id outside of its pool is
         skipped (pad with -1); `page_status` says which. A page twice among the targets: either copy may win. Empty is
         fine. With host_pages from `host_ids`, the copy engine moves what is long enough for it.
-      layer: only this layer; an int, or a traced int32 (in a scan) if all layers are alike. Default: all.
+      layer: only this layer; an int, or a traced int32 (in a scan; with ids in device memory) if all layers are alike.
+        Default: all.
       max_blocks: thread blocks of the kernel, at most; more disturb the model, fewer slow down the copy. Default: that
         of this GPU's `Tuning`.
 

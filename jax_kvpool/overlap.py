@@ -60,8 +60,9 @@ def run_layers(
     needs. All has arrived when any output of the program is ready. On a CPU the copies come first.
 
     Call it inside the jitted step, with `device` donated to the step and `host` a plain argument, as `load` and
-    `store`. With `host_pages` from `host_ids` the copy engine does most of the work, and disturbs the model least; it
-    takes staging, device memory that XLA plans: for each direction 16 MB, or a 32nd of what travels up to 128 MB.
+    `store`. With `host_pages` from `host_ids`, for a store `device_pages` too, the copy engine moves the stages of
+    which a record has enough in one piece (256 KB on an H100), and disturbs the model least. It takes staging, device
+    memory that XLA plans: for each direction the larger of 16 MB and a 32nd of what travels, at most 128 MB.
 
     Args:
       apply_layer: `(layer, x, kv) -> (x, kv)`, one layer of the model. It may write new tokens into `kv`, and returns

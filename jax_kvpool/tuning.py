@@ -66,8 +66,8 @@ class Tuning:
           store                 0.84 / 0.94  0.94 / 0.94  0.97 / 0.94  0.98 / 0.93
 
         half_bytes: 1 GB takes 20.8, 20.4, 20.3 ms with 4, 8, 16 MB. Larger ones cost small copies more, since the link
-        idles for the time of one scatter. Beside a prefill 1 GB takes 34.8, 34.7, 35.5 ms with 8, 16, 32 MB, but more
-        needs larger ones (ops.py).
+        idles for the time of one scatter. Beside a prefill 1 GB takes 34.8, 34.7, 35.5 ms with 8, 16, 32 MB, but
+        larger loads want larger halves (ops.py).
 
         max_store_blocks_beside: a store by kernel makes a prefill of 1,024 tokens, 41 ms, 1.07, 1.21, 1.32, 1.37 times
         as long with 2, 4, 8, 16 blocks: SMs that write to the host slow down all others (benchmarks/interference.py
@@ -119,7 +119,7 @@ def current() -> Tuning:
 
 @functools.cache
 def _of_gpu() -> Tuning:
-    gpu = jax.devices()[0]
+    gpu = jax.local_devices()[0]
     return measured_or_built_in(file_of(gpu), link_of(gpu)) if gpu.platform == "gpu" else Tuning.of_link(_GEN5_X16)
 
 
@@ -154,7 +154,7 @@ def file_of(device: jax.Device) -> Path:
     """Where the calibration of such a GPU on such a link is kept, under `$XDG_CACHE_HOME` or `~/.cache`."""
     link = link_of(device)
     name = f"{device.device_kind} pcie {'unknown' if link is None else f'{link[0]:g} x{link[1]}'}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # a user may have no home
     return cache / "jax_kvpool" / (re.sub(r"[^\w.]+", "-", name) + ".json")
 
 
