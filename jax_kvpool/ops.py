@@ -191,9 +191,8 @@ def _batch_bytes(device: DevicePool, num_pairs: int, *, is_beside: bool = False)
     2 GB 1.27, 1.13, 1.09 times with 8, 16, 32 MB.
     """
     half_bytes, all_bytes = current().half_bytes, num_pairs * device.spec.payload_bytes
-    if is_beside:
-        return max(half_bytes // 2, min(max(half_bytes, all_bytes // 64), 8 * half_bytes, all_bytes // 8))
-    return max(half_bytes // 2, min(half_bytes, all_bytes // 8))
+    most = min(max(half_bytes, all_bytes // 64), 8 * half_bytes) if is_beside else half_bytes
+    return max(half_bytes // 2, min(most, all_bytes // 8))
 
 
 def _stages(device: DevicePool, num_pairs: int, min_span_bytes: int) -> Stages:

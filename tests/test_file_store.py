@@ -1,4 +1,4 @@
-"""FileStore: what a store must do, and files: what is not a record, errors of I/O, limits, processes that die."""
+"""FileStore: what a store must do, and files: what is not a record, errors of I/O, processes that die."""
 
 import contextlib
 import errno
@@ -19,22 +19,13 @@ import pytest
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
+from file_stores import RECORD_BYTES, Files, aligned, filled, get, has, path_of, put
+
 from jax_kvpool import HOST_LAYOUTS, PageSpec
-from jax_kvpool.stores import FileStore, Namespace, Outcome, directory
+from jax_kvpool.stores import FileStore, Namespace, Outcome
 from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes
 
 STORED, EXISTS, FOUND, REMOVED, MISSING, FAILED = Outcome
-NAMESPACE = Namespace(
-    PageSpec.uniform(4, num_layers=32, slabs={"k": ((2, 8), "bfloat16"), "v": ((2, 8), "bfloat16")}),
-    HOST_LAYOUTS["page_first"],
-    "a model",
-)
-RECORD_BYTES = NAMESPACE.record_bytes
-
-
-def path_of(directory, namespace_and_hash):
-    namespace, _, page = namespace_and_hash.rpartition("-")
-    return Path(directory) / namespace / page[-2:] / page
 
 
 class TestFileStore(StoreConformance):
@@ -55,41 +46,6 @@ class TestFileStore(StoreConformance):
         return lambda name, data: path_of(tmp_path, name).write_bytes(data)
 
 
-def aligned(num_records, num_bytes=RECORD_BYTES, offset=0):
-    """Records in memory that begins at a page, or not."""
-    memory = np.zeros(num_records * num_bytes + 8192, np.uint8)
-    begin = -memory.ctypes.data % 4096 + offset
-    return list(memory[begin : begin + num_records * num_bytes].reshape(num_records, num_bytes))
-
-
-def filled(num_records, seed=0, offset=0):
-    records = aligned(num_records, offset=offset)
-    rng = np.random.default_rng(seed)
-    for record in records:
-        record[:] = rng.integers(0, 256, record.size, np.uint8)
-    return records
-
-
-class Files:
-    """A directory, stores of it, and what is in it."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        self.home = directory / str(NAMESPACE)
-
-    def open(self, **arguments):
-        return FileStore(NAMESPACE, self.directory, **arguments)
-
-    def path(self, number):
-        return path_of(self.directory, NAMESPACE.key(page_hash(number)))
-
-    def records(self):
-        return sorted(path for path in self.home.glob("??/*"))
-
-    def temporaries(self):
-        return os.listdir(self.home / "tmp")
-
-
 @pytest.fixture
 def files(tmp_path):
     return Files(tmp_path)
@@ -99,18 +55,6 @@ def files(tmp_path):
 def store(files):
     with files.open() as store:
         yield store
-
-
-def put(store, *numbers, seed=0):
-    return [r.outcome for r in store.put(page_hashes(*numbers), filled(len(numbers), seed))]
-
-
-def get(store, *numbers):
-    return [r.outcome for r in store.get(page_hashes(*numbers), aligned(len(numbers)))]
-
-
-def has(store, *numbers):
-    return [result.is_hit for result in store.contains(page_hashes(*numbers))]
 
 
 def test_arguments(files):
@@ -470,135 +414,6 @@ def test_who_cleans_may_be_faster_than_the_writer(files, store, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", overtaken)
     assert put(store, 1) == [STORED]
     assert get(store, 1) == [FOUND]
-
-
-# ---- limits ----
-
-
-def kept(files, *numbers):
-    return [number for number in numbers if files.path(number).exists()]
-
-
-def test_the_least_recently_used_goes_first(files):
-    with files.open(max_bytes=4 * RECORD_BYTES) as store:
-        for number in (1, 2, 3, 4):
-            put(store, number)
-            os.utime(files.path(number), (number, number))
-        assert get(store, 1) == [FOUND]
-        put(store, 5)
-        assert kept(files, 1, 2, 3, 4, 5) == [1, 3, 4, 5]
-    with files.open(max_bytes=4 * RECORD_BYTES) as store:
-        assert get(store, 3) == [FOUND]
-        assert put(store, 6) == [STORED]
-        assert kept(files, 1, 3, 4, 5, 6) == [1, 3, 5, 6]
-        assert outcomes(store.remove(page_hashes(5))) == [REMOVED]
-        put(store, 7)
-        assert kept(files, 1, 3, 6, 7) == [1, 3, 6, 7]
-    with files.open(max_bytes=2 * RECORD_BYTES) as store:
-        put(store, 8)
-        assert len(files.records()) == 2 and kept(files, 8) == [8]
-        assert store.clear().outcome is REMOVED
-        put(store, 9, 10)
-        assert kept(files, 9, 10) == [9, 10]
-
-
-def test_a_batch_larger_than_the_limit(files):
-    with files.open(max_bytes=3 * RECORD_BYTES) as store:
-        assert put(store, *range(50)) == [STORED] * 50
-        assert len(files.records()) == 3
-
-
-def test_a_record_that_gets_its_name_during_a_scan_counts_once(files, monkeypatch):
-    write, clean = os.pwritev, directory.clean
-    is_writing, may_go_on = threading.Event(), threading.Event()
-    with files.open(max_bytes=3 * RECORD_BYTES) as slow, files.open(max_bytes=3 * RECORD_BYTES) as scanning:
-        monkeypatch.setattr(os, "pwritev", lambda *a: (is_writing.set(), may_go_on.wait(20), write(*a))[2])
-        putting = slow.submit(put, slow, 1)
-        assert is_writing.wait(20)
-
-        def named_meanwhile(path):
-            found = clean(path)
-            monkeypatch.setattr(os, "pwritev", write)
-            may_go_on.set()
-            assert putting.result(20) == [STORED]
-            return found
-
-        monkeypatch.setattr(directory, "clean", named_meanwhile)
-        assert put(scanning, 2) == [STORED]
-    assert int.from_bytes((files.home / "usage").read_bytes(), "little") == 2 * RECORD_BYTES
-
-
-@pytest.mark.parametrize("damage", ["gone", "empty", "garbage", "zero"])
-def test_the_usage_is_only_a_hint(files, damage):
-    with files.open(max_bytes=3 * RECORD_BYTES) as store:
-        put(store, 1, 2, 3)
-    usage = files.home / "usage"
-    usage.write_bytes({"gone": b"", "empty": b"", "garbage": b"\xff" * 7, "zero": bytes(8)}[damage])
-    if damage == "gone":
-        usage.unlink()
-    with files.open(max_bytes=3 * RECORD_BYTES) as store:
-        put(store, 4)
-        assert len(files.records()) == 3 and kept(files, 4) == [4]
-
-
-def test_other_namespaces_are_not_evicted(files):
-    other = Namespace(NAMESPACE.spec, NAMESPACE.layout, "another model")
-    with FileStore(other, files.directory) as others, files.open(max_bytes=RECORD_BYTES) as store:
-        put(others, 1, 2, 3)
-        put(store, 1, 2, 3)
-        assert has(others, 1, 2, 3) == [True] * 3 and len(files.records()) == 1
-
-
-def test_the_limit_holds_at_every_moment(files):
-    """With two stores and four threads, and pages that are removed meanwhile."""
-    limit = 12 * RECORD_BYTES
-    done, sizes, failed = threading.Event(), [], []
-
-    def work(store, seed):
-        rng = random.Random(seed)
-        for _ in range(30):
-            numbers = rng.sample(range(60), 4)
-            failed.extend(o for o in put(store, *numbers) if o not in (STORED, EXISTS))
-            store.remove(page_hashes(rng.randrange(60)))
-
-    def watch():
-        while not done.is_set():
-            with open(files.home / "usage") as usage:
-                fcntl.flock(usage, fcntl.LOCK_EX)  # nothing grows meanwhile
-                inodes = {}  # what has its name and still the one in tmp/ counts once
-                for paths in ((files.home / "tmp").iterdir(), files.records()):
-                    for file in paths:
-                        with contextlib.suppress(FileNotFoundError):
-                            inodes[file.stat().st_ino] = file.stat().st_size
-                sizes.append(sum(inodes.values()))
-            done.wait(1e-3)
-
-    with files.open(max_bytes=limit) as one, files.open(max_bytes=limit) as two:
-        put(one, 1)
-        threads = [threading.Thread(target=work, args=(store, i)) for i, store in enumerate((one, two, one, two))]
-        watcher = threading.Thread(target=watch)
-        for thread in (watcher, *threads):
-            thread.start()
-        for thread in threads:
-            thread.join()
-        done.set()
-        watcher.join()
-        assert not failed
-        assert max(sizes) <= limit and len(sizes) > 10
-        put(one, *range(100, 112))
-        assert len(files.records()) >= 11  # what was lost to accounting is found again by a scan
-
-
-def test_a_lock_that_another_process_holds(files, monkeypatch):
-    monkeypatch.setattr("jax_kvpool.stores.directory._PATIENCE_S", 0.1)
-    with files.open(max_bytes=8 * RECORD_BYTES) as store:
-        put(store, 1)
-        with open(files.home / "usage") as usage:
-            fcntl.flock(usage, fcntl.LOCK_EX)
-            (result,) = store.put(page_hashes(2), filled(1))
-            assert result.outcome is FAILED and "holds the lock" in result.reason
-            assert get(store, 1) == [FOUND]
-        assert put(store, 2) == [STORED]
 
 
 # ---- processes ----
