@@ -114,7 +114,7 @@ def measure(name, spec, num_pages, order, op, driver, rounds, rng):
     methods = ["kernel", "bulk", "host_ids", *peers.METHODS, "plain JAX"]
     steps = {}
     for method in methods:
-        device = fill(device, host, everything, everything)
+        device = jax.block_until_ready(fill(device, host, everything, everything))  # before `check` writes to the host
         if method == "slabs" and num_pages * len(spec.slabs) > 200_000:
             continue  # minutes of CPU time
         steps[method] = step_of(op, method, device_pages, host_pages, host, device)

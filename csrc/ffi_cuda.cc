@@ -81,7 +81,7 @@ ffi::Error StartCuda(cudaStream_t stream, HostArray host, PageIds load_device_pa
   const auto [data, bytes] = AsBytes(*scratch);
   if (load_scratch_bytes + store_scratch_bytes > bytes) return FailedPrecondition("the scratch is too small");
   Transfer load(Direction::kLoad, *std::move(loaded), {data, load_scratch_bytes}, max_load_blocks);
-  Transfer store(Direction::kStore, *std::move(stored), {data + load_scratch_bytes, store_scratch_bytes},
+  Transfer store(Direction::kStore, *std::move(stored), {data + bytes - store_scratch_bytes, store_scratch_bytes},
                  max_store_blocks);
   if (const auto error = load.Read(AsSpan(load_plan), *live_memory, stream)) return FailedPrecondition(*error);
   if (const auto error = store.Read(AsSpan(store_plan), *live_memory, stream)) return FailedPrecondition(*error);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -54,26 +55,35 @@ def calibrate(*, save: bool = True) -> Tuning:
             most = max(statistics.median(speeds[op, blocks, None]) for blocks in _BLOCKS)
             enough -= {b for b in _BLOCKS if statistics.median(speeds[op, b, None]) < _ENOUGH * most}
     max_blocks = min(enough, default=_BLOCKS[-1])
-    engine = dataclasses.replace(current(), min_load_span_bytes=1, min_store_span_bytes=1)
-    min_span: dict[Any, int] = dict.fromkeys((load, store), _NEVER)
+    engine = dataclasses.replace(current(), min_engine_bytes=1, min_load_span_bytes=1, min_store_span_bytes=1)
+    ratios: dict[Any, dict[int, float]] = {load: {}, store: {}}
     link = 0.0
-    for span in reversed(_SPANS):
+    for span in _SPANS:
         spec = PageSpec.uniform(1, 1, {"kv": ((span,), "uint8")})
         speeds = _speeds(spec, [(op, max_blocks, tuning) for op in (load, store) for tuning in (None, engine)])
-        for op, smallest in min_span.items():
+        for op, of_op in ratios.items():
             pairs = zip(speeds[op, max_blocks, engine], speeds[op, max_blocks, None], strict=True)
-            if statistics.median(e / k for e, k in pairs) >= _AS_GOOD and smallest in (2 * span, _NEVER):
-                min_span[op] = span
+            of_op[span] = statistics.median(e / k for e, k in pairs)
         link = max(link, *map(statistics.median, speeds.values()))
     tuning = dataclasses.replace(
         Tuning.of_link(link),
         max_blocks=max_blocks,
-        min_load_span_bytes=min_span[load],
-        min_store_span_bytes=min_span[store],
+        min_load_span_bytes=_min_span(ratios[load]),
+        min_store_span_bytes=_min_span(ratios[store]),
     )
     if save:
         write(file_of(gpu), tuning)
     return tuning
+
+
+def _min_span(ratios: dict[int, float]) -> int:
+    """The length from which on the copy engine gains most over the kernel, in all, from its speeds as parts of the
+    kernel's: one measurement that went wrong does not decide."""
+
+    def gain(shortest: int) -> float:
+        return sum(math.log(ratio / _AS_GOOD) for span, ratio in ratios.items() if span >= shortest)
+
+    return max(*ratios, _NEVER, key=gain)
 
 
 def _speeds(spec: PageSpec, ways: Sequence[_Way]) -> dict[_Way, list[float]]:

@@ -145,10 +145,18 @@ class PageSpec:
     def layers(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(s.layer for s in self.slabs))
 
-    @property
+    @functools.cached_property
+    def layer_bytes(self) -> dict[int, int]:
+        """Bytes of a page's slabs in each layer."""
+        sizes = dict.fromkeys(self.layers, 0)
+        for slab in self.slabs:
+            sizes[slab.layer] += slab.bytes_of(self.page_size)
+        return sizes
+
+    @functools.cached_property
     def payload_bytes(self) -> int:
         """Bytes of all slabs of a page, without padding: what a load or store of one page moves."""
-        return self.page_size * sum(s.num_heads * s.dim_bytes for s in self.slabs)
+        return sum(self.layer_bytes.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import enum
 import functools
-import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -26,6 +25,7 @@ from jax_kvpool._runtime import (
 )
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
+from jax_kvpool.layout import PageSpec
 from jax_kvpool.plan import TRACED_LAYER, CopyPlan, Stages, copy_plan
 from jax_kvpool.tuning import current
 
@@ -106,12 +106,9 @@ def _copy(
     check_pools(device, host)
     arrays = device.flat_arrays()
     stages, traced_layer = _layer(layer, device)
-    min_span = min_span_bytes(target == LOAD_TARGET, device_pages, host_pages)
-    if layer is None and min_span is not None:
-        stages = _stages(device, host_pages.size, min_span)
-    plan = copy_plan(device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages, min_span)
+    plan = _plan(target == LOAD_TARGET, device, host, device_pages, host_pages, stages)
     operands = [arrays[i] for i in plan.arrays]
-    scratch = scratch_bytes(plan, device, device_pages, host_pages)
+    scratch = scratch_bytes(plan, current().half_bytes, device_pages, host_pages)
     if scratch is not None:
         if stages == TRACED_LAYER:
             raise ValueError("layer: a traced layer needs page ids in device memory, not those of host_ids")
@@ -155,54 +152,49 @@ def is_on_host(pages: Any) -> bool:
     return isinstance(pages, jax.Array) and bool(jax.typeof(pages).memory_space == jax.memory.Space.Host)
 
 
-def min_span_bytes(is_load: bool, device_pages: Any, host_pages: Any, *, is_beside: bool = False) -> int | None:
-    """What the copy engine must at least move at once to be used, alone or beside a model; None if these ids rule it
-    out: it needs the host's, and for a store also the device's, to know which pairs it is to skip."""
-    if not is_on_host(host_pages) or not (is_load or is_on_host(device_pages)):
-        return None
-    if is_beside:
-        return current().min_span_bytes_beside
-    return current().min_load_span_bytes if is_load else current().min_store_span_bytes
+def engine_can_read(is_load: bool, device_pages: Any, host_pages: Any) -> bool:
+    """Whether the copy engine can be used with these ids: it needs the host's, and for a store also the device's, to
+    know which pairs it is to skip."""
+    return is_on_host(host_pages) and (is_load or is_on_host(device_pages))
 
 
-def scratch_bytes(
-    plan: CopyPlan, device: DevicePool, device_pages: Any, host_pages: Any, *, is_beside: bool = False
-) -> int | None:
+def scratch_bytes(plan: CopyPlan, half_bytes: int, device_pages: Any, host_pages: Any) -> int | None:
     """Device memory for a call with these ids: two halves of staging, if the copy engine has something to do, and the
     ids. None if they are all in device memory."""
     if not (is_on_host(device_pages) or is_on_host(host_pages)):
         return None
     num_pairs = int(host_pages.size)
-    batch_bytes = _batch_bytes(device, num_pairs, is_beside=is_beside)
-    pages = min(max(batch_bytes // max(plan.staged_page_bytes, 1), 1), num_pairs)
+    pages = min(max(half_bytes // max(plan.staged_page_bytes, 1), 1), num_pairs)
     return 2 * pages * plan.staged_page_bytes + 2 * 4 * num_pairs
 
 
-def _batch_bytes(device: DevicePool, num_pairs: int, *, is_beside: bool = False) -> int:
-    """What the copy engine moves before a kernel goes on with it: half of the staging.
-
-    Less than the tuning's if all is less than eight times that, since the link idles while the kernel works on the
-    first batch of a store, or the last one of a load; but a batch takes the CPU 16 us (benchmarks/grids.py --grids C),
-    the link's time for 1 MB.
-
-    Beside a model more, a 64th of all, up to eight times the tuning's: the kernel begins when blocks of the model's
-    end, and those of attention to 32k tokens take half a millisecond, in which the link moves 25 MB. A load of 4 GB
-    with 8, 16, 32, 64 MB took 1.23, 1.13, 1.05, 1.03 times as long as alone beside a prefill of 1,024 tokens, one of
-    2 GB 1.27, 1.13, 1.09 times with 8, 16, 32 MB.
-    """
-    half_bytes, all_bytes = current().half_bytes, num_pairs * device.spec.payload_bytes
-    most = min(max(half_bytes, all_bytes // 64), 8 * half_bytes) if is_beside else half_bytes
-    return max(half_bytes // 2, min(most, all_bytes // 8))
+def _plan(
+    is_load: bool, device: DevicePool, host: HostPool, device_pages: Any, host_pages: Any, stages: Stages
+) -> CopyPlan:
+    """With the copy engine, if it is worth its while, and in more stages, if a page is more than half of the staging
+    and its parts can still be moved by the engine."""
+    spec, tuning = device.spec, current()
+    plan_of = functools.partial(copy_plan, spec, device.layout, device.num_pages, host.layout, host.num_pages)
+    num_bytes = host_pages.size * sum(spec.layer_bytes[layer] for layers in stages for layer in layers)
+    if not engine_can_read(is_load, device_pages, host_pages) or num_bytes < tuning.min_engine_bytes:
+        return plan_of(stages)
+    min_span_bytes = tuning.min_load_span_bytes if is_load else tuning.min_store_span_bytes
+    divided = plan_of(_divided(spec, stages, tuning.half_bytes, min_span_bytes), min_span_bytes)
+    return divided if divided.staged_page_bytes else plan_of(stages, min_span_bytes)
 
 
-def _stages(device: DevicePool, num_pairs: int, min_span_bytes: int) -> Stages:
-    """All layers, divided where a page is more than one batch, as far as the parts are long enough for the engine."""
-    layers, page_bytes = device.spec.layers, device.spec.payload_bytes
-    num_parts = -(-page_bytes // _batch_bytes(device, num_pairs))
+def _divided(spec: PageSpec, stages: Stages, max_bytes: int, min_span_bytes: int) -> Stages:
+    """The layers of the stages in parts of about `max_bytes` a page, as far as these are long enough for the engine."""
+    sizes = {layer: spec.layer_bytes[layer] for layers in stages for layer in layers}
+    page_bytes = sum(sizes.values())
     # In some layouts each name has a span of its own.
-    num_parts = max(1, min(num_parts, page_bytes // (len(device.spec.names) * min_span_bytes), len(layers)))
-    ends = [len(layers) * (i + 1) // num_parts for i in range(num_parts)]
-    return tuple(layers[begin:end] for begin, end in itertools.pairwise([0, *ends]))
+    num_parts = min(-(-page_bytes // max_bytes), page_bytes // (len(spec.names) * min_span_bytes))
+    parts: dict[int, list[int]] = {}
+    begin = 0
+    for layer, num_bytes in sizes.items():
+        parts.setdefault(begin * num_parts // page_bytes, []).append(layer)
+        begin += num_bytes
+    return tuple(map(tuple, parts.values()))
 
 
 def fenced(arrays: list[jax.Array]) -> list[jax.Array]:

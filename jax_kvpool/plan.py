@@ -13,12 +13,14 @@ from typing import Final, NamedTuple
 from jax_kvpool import _cpu
 from jax_kvpool.layout import Layout, PageSpec, Placement, SlabPlace
 
-__all__ = ["TRACED_LAYER", "Stages", "copy_plan"]
+__all__ = ["STAGED_ALIGNMENT", "TRACED_LAYER", "Stages", "copy_plan"]
 
 Stages = tuple[tuple[int, ...], ...]
 """The layers of each stage of a copy, in the order in which they are copied."""
 TRACED_LAYER: Final[Stages] = ()
 """One stage, of the one layer that an operand of the call says."""
+STAGED_ALIGNMENT: Final = 256
+"""Bytes, of what is staged: as wide accesses there as in a record."""
 
 _Pair = tuple[SlabPlace, SlabPlace]
 """A slab on the device and on the host."""
@@ -69,9 +71,6 @@ class _Span:
     staged_offset: int
 
 
-_STAGED_ALIGNMENT: Final = 256
-
-
 def _spans(stage: list[_Pair], host: Placement, page_size: int, min_span_bytes: int | None) -> list[_Span]:
     """The parts of the page's records that are the slabs of a stage and nothing else; none if there are no such,
     or if they are too short for the copy engine."""
@@ -86,7 +85,7 @@ def _spans(stage: list[_Pair], host: Placement, page_size: int, min_span_bytes: 
         begin, end = min(h.offset for h in inside), max(h.end(page_size) for h in inside)
         if sum(h.slab.bytes_of(page_size) for h in inside) != end - begin:
             return []
-        staged += (begin - staged) % _STAGED_ALIGNMENT  # as wide accesses there as in the record
+        staged += (begin - staged) % STAGED_ALIGNMENT
         if end - begin < min_span_bytes:
             return []
         spans.append(_Span(begin, record.num_bytes, end - begin, staged))
@@ -96,7 +95,7 @@ def _spans(stage: list[_Pair], host: Placement, page_size: int, min_span_bytes: 
 
 def _staged_page_bytes(spans: list[_Span]) -> int:
     end = max((span.staged_offset + span.num_bytes for span in spans), default=0)
-    return -(-end // _STAGED_ALIGNMENT) * _STAGED_ALIGNMENT
+    return -(-end // STAGED_ALIGNMENT) * STAGED_ALIGNMENT
 
 
 def _staged_offset(place: SlabPlace, spans: list[_Span]) -> int:

@@ -21,7 +21,7 @@ from jax_kvpool._runtime import cuda_module
 
 __all__ = ["Tuning"]
 
-_FORMAT: Final = 1  # of the file; another one is measured anew
+_FORMAT: Final = 2  # of the file; another one is measured anew
 _GEN5_X16: Final = 55e9  # bytes per second, measured; 32 GT/s, 16 lanes
 _BLOCK_BYTES: Final = 64 << 10  # that a thread block has in flight (csrc/copy_cuda.cu)
 
@@ -32,7 +32,8 @@ class Tuning:
 
     Attributes:
       max_blocks: thread blocks of a kernel that loads or stores. More disturb the model, fewer slow down the copy.
-      min_load_span_bytes, min_store_span_bytes: what the copy engine moves at once, at least; below, a kernel does it.
+      min_engine_bytes: what the copy engine moves in a call, at least; less, a kernel does.
+      min_load_span_bytes, min_store_span_bytes: what it moves at once, at least; less, a kernel does.
       half_bytes: one half of the staging between copy engine and kernel; beside a model up to eight times that.
       max_store_blocks_beside, min_span_bytes_beside: max_blocks of a store, and what the copy engine moves in either
         direction, beside a model.
@@ -40,6 +41,7 @@ class Tuning:
     """
 
     max_blocks: int
+    min_engine_bytes: int
     min_load_span_bytes: int
     min_store_span_bytes: int
     half_bytes: int
@@ -58,6 +60,11 @@ class Tuning:
 
         max_blocks: bytes in flight = speed x latency, 4.8 us. 4 blocks load 0.92 to 0.95 of a contiguous copy and store
         0.93 to 0.95, 16 blocks the same, 2 blocks 0.6 and 0.8 (benchmarks/transfer.py --blocks 2 4 16).
+
+        min_engine_bytes: the link idles while a kernel works on the first batch of a store or the last one of a load,
+        and a batch takes the CPU 16 us. One page of 21 MB in 160 arrays: copy engine / kernel 0.88 / 1.00 of the best
+        other way (load), 0.90 / 0.95 (store); from 65 to 84 MB both are equal, at 134 MB the engine is 1.03 and 1.01
+        times as fast (benchmarks/grids.py --grids A C D).
 
         min_*_span_bytes: fractions of the roof, copy engine / kernel (benchmarks/transfer.py --ways host_ids kernel):
 
@@ -90,6 +97,7 @@ class Tuning:
 
         return cls(
             max_blocks=max(2, round(bytes_per_second * 4.8e-6 / _BLOCK_BYTES)),
+            min_engine_bytes=power_of_two(1500e-6),
             min_load_span_bytes=power_of_two(3e-6),
             min_store_span_bytes=power_of_two(12e-6),
             half_bytes=power_of_two(200e-6),

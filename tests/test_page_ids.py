@@ -1,5 +1,6 @@
 """Page ids in host memory, and the copy engine that they let work."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, host_ids, load, page_ids, store
+from jax_kvpool import DevicePool, HostPool, PageSpec, host_ids, load, page_ids, store, tuning
 
 
 def test_they_are_the_ids(device):
@@ -111,8 +112,10 @@ def test_ids_in_pinned_memory_that_is_not_ours(device):
     check(oracle.SPECS["gqa"](4), "per_layer", "page_first", device, np.random.default_rng(4), make_ids=foreign)
 
 
-def test_ids_that_are_dropped_at_once(device):
-    """1,000 steps in flight, each with new ids whose array is dropped before the step has run."""
+@pytest.mark.parametrize("min_engine_bytes", [1, 1 << 30])
+def test_ids_that_are_dropped_at_once(device, min_engine_bytes):
+    """1,000 steps in flight, each with new ids whose array is dropped before the step has run; by copy engine and by
+    kernel."""
     spec = PageSpec.uniform(64, 4, {"k": ((8, 128), "int16")})  # records of 512 KB
     pool = DevicePool.create(spec, 4, device=device)
     host = HostPool.create(spec, 16, device=device)
@@ -127,10 +130,11 @@ def test_ids_that_are_dropped_at_once(device):
     step = jax.jit(load, donate_argnums=0)
     rng = np.random.default_rng(0)
     wrong = jax.device_put(np.int32(0), device)
-    for _ in range(1000 if device.platform == "gpu" else 20):
-        pages = rng.integers(0, 16, 3).astype(np.int32)
-        pool = step(pool, host, np.arange(3, dtype=np.int32), host_ids(pages, device=device))
-        wrong = count(wrong, pool, pages)
+    with tuning.using(dataclasses.replace(tuning.current(), min_engine_bytes=min_engine_bytes)):
+        for _ in range(1000 if device.platform == "gpu" else 20):
+            pages = rng.integers(0, 16, 3).astype(np.int32)
+            pool = step(pool, host, np.arange(3, dtype=np.int32), host_ids(pages, device=device))
+            wrong = count(wrong, pool, pages)
     assert int(wrong) == 0
 
 

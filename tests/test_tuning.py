@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, Tuning, calibrate, load, ops, tuning
+from jax_kvpool import DevicePool, HostPool, PageSpec, Slab, Tuning, calibrate, calibration, load, ops, overlap, tuning
 
 H100 = Tuning(
     max_blocks=4,
+    min_engine_bytes=64 << 20,
     min_load_span_bytes=128 << 10,
     min_store_span_bytes=512 << 10,
     half_bytes=8 << 20,
@@ -37,16 +38,48 @@ def test_without_a_gpu():
         calibrate()
 
 
-@pytest.mark.parametrize(
-    ("megabytes", "alone", "beside"),
-    [(1, 4, 4), (40, 5, 5), (64, 8, 8), (256, 8, 8), (1024, 8, 16), (2048, 8, 32), (4096, 8, 64), (16384, 8, 64)],
-)
-def test_batches(megabytes, alone, beside):
-    """The link does not idle at the ends of a small copy, nor while a kernel waits for the model's blocks to end."""
-    device = DevicePool.create(PageSpec.uniform(16, 1, {"k": ((64, 1024), "uint8")}), 1)  # 1 MB a page
+@pytest.mark.parametrize(("megabytes", "half"), [(1, 8), (512, 8), (1024, 16), (2048, 32), (4096, 64), (16384, 64)])
+def test_staging_beside_a_model(megabytes, half):
+    """The link does not idle while a kernel waits for the model's blocks to end."""
     with tuning.using(H100):
-        assert ops._batch_bytes(device, megabytes) == alone << 20
-        assert ops._batch_bytes(device, megabytes, is_beside=True) == beside << 20
+        assert overlap._half_bytes(megabytes << 20) == half << 20
+
+
+def parts(spec, num_pairs, host_layout="page_first", layer=None):
+    """What a load of so many pages moves at once: `(layers, bytes staged)` of each stage."""
+    device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1, host_layout)
+    stages = (spec.layers,) if layer is None else ((layer,),)
+    plan = ops._plan(True, device, host, *[np.zeros(num_pairs, np.int32)] * 2, stages)
+    return plan.staged_page_bytes, plan.integers[4 + plan.integers[3]]
+
+
+def test_who_moves_what(monkeypatch):
+    monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
+    small = PageSpec.uniform(16, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 2 MB a page, 64 KB a layer
+    large = PageSpec.uniform(64, 80, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 21 MB a page, 256 KB a layer
+    with tuning.using(H100):
+        assert parts(small, 31) == (0, 1)
+        assert parts(small, 32) == (2 << 20, 1)
+        assert parts(small, 32, layer=3) == parts(small, 2000, layer=3) == (0, 1)
+        assert parts(large, 3) == (0, 1)
+        assert parts(large, 4) == (27 * 256 << 10, 3)
+        assert parts(large, 256, layer=3) == (256 << 10, 1)
+        # No part of a record holds some layers of these.
+        for layout in ("page_first_kv", "token_first", "page_head"):
+            assert parts(large, 4, layout) == (20 << 20, 1)
+
+
+def test_parts_of_a_page_are_alike(monkeypatch):
+    monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
+    sizes = [7, 1, 1, 1, 3, 3]
+    spec = PageSpec(tuple(Slab("k", layer, (64, 1024 * n), "uint8") for layer, n in enumerate(sizes)), 16)
+    with tuning.using(H100):
+        assert ops._divided(spec, (spec.layers,), 8 << 20, 1) == ((0, 1), (2, 3, 4, 5))
+        assert ops._divided(spec, (spec.layers,), 6 << 20, 1) == ((0,), (1, 2, 3, 4), (5,))
+        assert ops._divided(spec, (spec.layers,), 1, 17 << 20) == (spec.layers,)
+    smallest = Tuning(**dict.fromkeys((field.name for field in dataclasses.fields(Tuning)), 1))
+    with tuning.using(smallest):
+        assert parts(spec, 1) == (7 << 20, 6)
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Tuning)])
@@ -104,6 +137,20 @@ def test_what_is_traced_follows_it():
         assert "max_blocks = 97" in program()
         assert "max_blocks = 5" in program(max_blocks=5)
     assert "max_blocks = 97" not in program()
+
+
+@pytest.mark.parametrize(
+    ("ratios", "shortest"),
+    [
+        ([0.5, 0.9, 1.1, 1.1, 1.1], 128),
+        ([0.5, 1.0, 0.7, 1.1, 1.1], 256),  # a lucky one
+        ([0.5, 1.1, 1.1, 1.1, 0.9], 64),  # an unlucky one
+        ([0.5, 0.6, 0.7, 0.8, 0.9], calibration._NEVER),
+        ([0.99, 0.99, 0.99, 0.99, 0.99], 32),
+    ],
+)
+def test_spans_for_the_copy_engine(ratios, shortest):
+    assert calibration._min_span({32 << i: ratio for i, ratio in enumerate(ratios)}) == shortest
 
 
 def test_calibration(gpu, tmp_path, monkeypatch):
