@@ -5,41 +5,81 @@
 namespace kvpool {
 namespace {
 
-// One submission for many copies: on an H100 128 KB each move at 0.98 of the roof so (benchmarks/transfer.py
+// Copies for one submission. That matters: on an H100 128 KB each move at 0.98 of the roof so (benchmarks/transfer.py
 // --ways host_ids), and at 0.43 one by one.
-cudaError_t SubmitCopies(std::vector<void*>& targets, std::vector<void*>& sources, std::vector<size_t>& sizes,
-                         cudaStream_t engine) {
-  cudaMemcpyAttributes attributes = {};
-  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
-  attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
-  size_t all = 0;
+class Copies {
+ public:
+  explicit Copies(Direction direction) : direction_(direction) {}
+
+  size_t size() const { return sizes_.size(); }
+
+  void Add(char* device, char* host, int64_t bytes) {
+    device_.push_back(device);
+    host_.push_back(host);
+    sizes_.push_back(bytes);
+  }
+
+  // Enqueues them, and starts a new list.
+  cudaError_t Submit(cudaStream_t engine) {
+    const bool is_load = direction_ == Direction::kLoad;
+    std::vector<void*>&targets = is_load ? device_ : host_, &sources = is_load ? host_ : device_;
+    cudaMemcpyAttributes attributes = {};
+    attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+    attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
+    size_t all = 0;
 #if CUDART_VERSION >= 13000
-  return cudaMemcpyBatchAsync(const_cast<const void**>(targets.data()), const_cast<const void**>(sources.data()),
-                              sizes.data(), sizes.size(), &attributes, &all, 1, engine);
+    const cudaError_t error =
+        cudaMemcpyBatchAsync(const_cast<const void**>(targets.data()), const_cast<const void**>(sources.data()),
+                             sizes_.data(), size(), &attributes, &all, 1, engine);
 #else
-  size_t failed = 0;
-  return cudaMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), sizes.size(), &attributes, &all, 1, &failed,
-                              engine);
+    size_t failed = 0;
+    const cudaError_t error = cudaMemcpyBatchAsync(targets.data(), sources.data(), sizes_.data(), size(), &attributes,
+                                                   &all, 1, &failed, engine);
 #endif
-}
+    device_.clear(), host_.clear(), sizes_.clear();
+    return error;
+  }
+
+ private:
+  Direction direction_;
+  std::vector<void*> device_, host_;
+  std::vector<size_t> sizes_;
+};
 
 // The copies between the host pool and one half: a few pages that follow each other in the list, and are all valid.
 cudaError_t MoveRecords(const Stage& stage, char* host, const int32_t* host_pages, int64_t num_pages,
                         Direction direction, char* half, cudaStream_t engine) {
-  std::vector<void*> in_host, staged;
-  std::vector<size_t> sizes;
+  Copies copies(direction);
   for (const Span& span : stage.spans) {
     for (int64_t i = 0; i < num_pages; ++i) {
-      in_host.push_back(host + span.offset + host_pages[i] * span.page_stride);
-      staged.push_back(half + i * stage.staged_page_bytes + span.staged_offset);
-      sizes.push_back(span.bytes);
+      copies.Add(half + i * stage.staged_page_bytes + span.staged_offset,
+                 host + span.offset + host_pages[i] * span.page_stride, span.bytes);
     }
   }
-  return direction == Direction::kLoad ? SubmitCopies(staged, in_host, sizes, engine)
-                                       : SubmitCopies(in_host, staged, sizes, engine);
+  return copies.Submit(engine);
 }
 
 }  // namespace
+
+cudaError_t CopySlabs(const Stage& stage, const ReadableIds& ids, Direction direction, cudaStream_t stream,
+                      cudaStream_t engine, SideStreams& side) {
+  constexpr size_t kMaxCopies = 64;  // the first ones travel while the CPU, 1 us each, goes on with the next
+  if (const cudaError_t error = side.Order(stream, engine)) return error;
+  Copies copies(direction);
+  for (size_t pair = 0; pair < ids.host_pages.size(); ++pair) {
+    for (const PageCopy& copy : stage.copies) {
+      if (!ids.Contains(copy, pair)) continue;
+      for (int s = 0; s < copy.num_slabs; ++s) {
+        copies.Add(At(copy.slabs[s].device, copy.device_strides, ids.device_pages[pair], 0, 0),
+                   At(copy.slabs[s].host, copy.host_strides, ids.host_pages[pair], 0, 0), copy.run_bytes);
+      }
+    }
+    if (copies.size() >= kMaxCopies) {
+      if (const cudaError_t error = copies.Submit(engine)) return error;
+    }
+  }
+  return copies.size() == 0 ? cudaSuccess : copies.Submit(engine);
+}
 
 cudaError_t Staging::Copy(const Stage& stage, char* host, const ReadableIds& ids, Direction direction,
                           int64_t max_blocks, cudaStream_t stream, cudaStream_t engine, SideStreams& side) {

@@ -1,7 +1,7 @@
-// Moves pages with the GPU's copy engine, which reaches the link's full speed and uses no SM: whole parts of records
-// between host memory and a staging buffer, and a short kernel between that and the layers. Page-first is what makes
-// the parts large. The addresses must be known when the copy is enqueued, so the host's page ids must lie where the
-// CPU can read them.
+// Moves pages with the GPU's copy engine, which reaches the link's full speed and uses no SM: slabs that are long
+// enough straight between the pools, others as whole parts of records between host memory and a staging buffer, and a
+// short kernel between that and the layers. Page-first is what makes the parts large. The addresses must be known when
+// the copy is enqueued, so the page ids must lie where the CPU can read them: the host's, and for slabs the device's.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,6 +23,10 @@ struct ReadableIds {
     return copy.Contains(device_pages.empty() ? 0 : device_pages[pair], host_pages[pair]);
   }
 };
+
+// Enqueues the copies of a stage that goes by slab on `engine`, behind what is on `stream`.
+cudaError_t CopySlabs(const Stage& stage, const ReadableIds& ids, Direction direction, cudaStream_t stream,
+                      cudaStream_t engine, SideStreams& side);
 
 // A buffer of two halves: one is filled while the other is emptied. Serves the stages of a call, one after another.
 class Staging {

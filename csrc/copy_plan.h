@@ -2,7 +2,7 @@
 // when the call was traced, as the int64 list that an FFI attribute can be:
 //
 //   num_device_pages, num_host_pages, host_bytes, num_arrays, bytes of each array, num_stages, then for each stage
-//     staged_page_bytes, num_spans, then for each span
+//     is_by_slab, staged_page_bytes, num_spans, then for each span
 //       offset in the host pool, page stride, bytes, offset in a staged page
 //     num_copies, then for each PageCopy
 //       num_outer, num_inner, run_bytes, device page, outer, inner stride, host page, outer, inner stride,
@@ -43,8 +43,9 @@ struct Span {
 
 // What is copied before anybody is told: all layers, or a few.
 struct Stage {
+  bool is_by_slab;  // the copy engine moves slab by slab, if it knows all ids: each is one run on both sides
   int64_t staged_page_bytes;
-  std::vector<Span> spans;  // what the copy engine moves; none: it is not to
+  std::vector<Span> spans;  // what it moves through staging; none: it is not to
   std::vector<PageCopy> copies;
 };
 
@@ -78,6 +79,7 @@ inline std::optional<std::string> ReadPlan(std::span<const int64_t> plan, const 
   }
   stages.resize(read());
   for (Stage& stage : stages) {
+    stage.is_by_slab = read() != 0;
     stage.staged_page_bytes = read();
     stage.spans.resize(read());
     for (Span& span : stage.spans) {

@@ -55,8 +55,8 @@ ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_
   cudaStream_t last = stream;
   for (size_t stage = 0; stage < transfer.num_stages() && !error; ++stage) {
     error = transfer.Enqueue(stage, stream, *side, last);
+    if (!error && last != stream) error = side->Order(last, stream);
   }
-  if (!error && last != stream) error = side->Order(last, stream);
   transfer.GiveBackEvents(*side);
   if (error == cudaSuccess) return ffi::Error::Success();
   side->Synchronize();  // the step has failed, and what runs already must not outlive its buffers

@@ -39,13 +39,18 @@ std::optional<std::string> Transfer::Read(std::span<const int64_t> plan, const L
 
 cudaError_t Transfer::Enqueue(size_t stage, cudaStream_t stream, SideStreams& side, cudaStream_t& last) {
   const bool is_load = direction_ == Direction::kLoad;
-  last = stream;
-  if (!staging_ || stages_[stage].spans.empty()) {
-    return LaunchAll(stages_[stage], direction_, max_blocks_, stream);
-  }
   const cudaStream_t engine = is_load ? side.load_engine() : side.store_engine();
-  if (!is_load) last = engine;
-  return staging_->Copy(stages_[stage], operands_.host.data, ids_, direction_, max_blocks_, stream, engine, side);
+  const Stage& of = stages_[stage];
+  if (of.is_by_slab && !ids_.host_pages.empty() && !ids_.device_pages.empty()) {
+    last = engine;
+    return CopySlabs(of, ids_, direction_, stream, engine, side);
+  }
+  if (staging_ && !of.spans.empty()) {
+    last = is_load ? stream : engine;
+    return staging_->Copy(of, operands_.host.data, ids_, direction_, max_blocks_, stream, engine, side);
+  }
+  last = stream;
+  return LaunchAll(of, direction_, max_blocks_, stream);
 }
 
 }  // namespace kvpool

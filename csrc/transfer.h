@@ -29,7 +29,7 @@ class Transfer {
   const std::vector<Bytes>& arrays() const { return operands_.arrays; }
   size_t num_stages() const { return stages_.size(); }
 
-  // Decides who moves the pages: the copy engine those stages that have spans, if the CPU can read the ids it needs.
+  // Decides who moves the pages: the copy engine what the plan says, if the CPU can read the ids it needs.
   // Returns an error if the operands are not the plan's.
   std::optional<std::string> Read(std::span<const int64_t> plan, const LiveMemory& live, cudaStream_t stream);
 

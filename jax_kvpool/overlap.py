@@ -18,8 +18,8 @@ from jax_kvpool.layout import PageSpec
 from jax_kvpool.ops import (
     check_pools,
     checked_blocks,
-    engine_can_read,
     fenced,
+    for_engine,
     in_flight,
     is_staging,
     page_pairs,
@@ -94,14 +94,12 @@ def run_layers(
         raise ValueError("run_layers must be called inside jax.jit, where its copies and waits are one program")
     is_stacked = "layer" in device.layout.order
     tuning = current()
-    load_span, store_span = (
-        tuning.min_span_bytes_beside if engine_can_read(is_load, *pairs) else None
-        for is_load, pairs in ((True, load_pairs), (False, store_pairs))
-    )
+    load_by_engine = for_engine(True, *load_pairs, tuning.min_span_bytes_beside)
+    store_by_engine = for_engine(False, *store_pairs, tuning.min_span_bytes_beside)
     num_pairs = max(load_pairs[0].size, store_pairs[0].size)
-    stages = _stages(device.spec, num_pairs, load_span is not None or store_span is not None)
+    stages = _stages(device.spec, num_pairs, any((*load_by_engine, *store_by_engine)))
     places = device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages
-    load_plan, store_plan = copy_plan(*places, load_span), copy_plan(*places, store_span)
+    load_plan, store_plan = copy_plan(*places, *load_by_engine), copy_plan(*places, *store_by_engine)
     scratch = [
         scratch_bytes(plan, _half_bytes(pairs[0].size * device.spec.payload_bytes), *pairs) or 0
         for plan, pairs in ((load_plan, load_pairs), (store_plan, store_pairs))

@@ -43,6 +43,9 @@ class _Shape:
     device_page_stride: int
     host_page_stride: int
 
+    def is_one_run_of(self, min_bytes: int) -> bool:
+        return self.outer.extent * self.inner.extent == 1 and self.run_bytes >= min_bytes
+
 
 def _shape(device: SlabPlace, host: SlabPlace, page_size: int) -> _Shape:
     """The longest runs: a loop whose stride is the run's length on both sides only lengthens the run."""
@@ -112,7 +115,7 @@ class CopyPlan(NamedTuple):
     Attributes:
       integers: the list that csrc/copy_plan.h reads.
       arrays: which of the device pool's arrays are the call's operands, in this order.
-      staged_page_bytes: of a page in a staging buffer, at most; 0 if nothing is for the copy engine.
+      staged_page_bytes: of a page in a staging buffer, at most; 0 if nothing goes through one.
     """
 
     integers: tuple[int, ...]
@@ -129,9 +132,10 @@ def copy_plan(
     num_host_pages: int,
     stages: Stages,
     min_span_bytes: int | None = None,
+    min_slab_bytes: int | None = None,
 ) -> CopyPlan:
-    """The plan of a copy in these stages. The copy engine is to move those whose parts of a record have at least
-    `min_span_bytes`; by default none.
+    """The plan of a copy in these stages. The copy engine is to move those whose slabs are each one run of at least
+    `min_slab_bytes`, and through staging those whose parts of a record have at least `min_span_bytes`; by default none.
 
     Raises `ValueError` if the layer is traced and the layers are not alike.
     """
@@ -151,13 +155,16 @@ def copy_plan(
     plan = [num_device_pages, num_host_pages, sum(host.array_bytes), len(arrays)]
     plan += [device.array_bytes[a] for a in arrays]
     plan.append(len(in_stages))
-    spans_of = [_spans(stage, host, spec.page_size, min_span_bytes) for stage in in_stages]
-    staged_page_bytes = [_staged_page_bytes(spans) for spans in spans_of]
-    for stage, spans, staged in zip(in_stages, spans_of, staged_page_bytes, strict=True):
+    max_staged = 0
+    for stage in in_stages:
         shapes: dict[_Shape, list[_Pair]] = {}
         for d, h in stage:
             shapes.setdefault(_shape(d, h, spec.page_size), []).append((d, h))
-        plan += [staged, len(spans)]
+        is_by_slab = min_slab_bytes is not None and all(shape.is_one_run_of(min_slab_bytes) for shape in shapes)
+        spans = [] if is_by_slab else _spans(stage, host, spec.page_size, min_span_bytes)
+        staged_page_bytes = _staged_page_bytes(spans)
+        max_staged = max(max_staged, staged_page_bytes)
+        plan += [int(is_by_slab), staged_page_bytes, len(spans)]
         for span in spans:
             plan += [span.offset, span.page_stride, span.num_bytes, span.staged_offset]
         in_stage = [launch for shape, slabs in shapes.items() for launch in launches(shape, slabs, spec)]
@@ -169,7 +176,7 @@ def copy_plan(
             plan += [first_slab, slabs_per_layer, len(slabs)]
             for d, h in slabs:
                 plan += [arrays.index(d.array), d.offset, h.offset, _staged_offset(h, spans)]
-    return CopyPlan(tuple(plan), tuple(arrays), max(staged_page_bytes))
+    return CopyPlan(tuple(plan), tuple(arrays), max_staged)
 
 
 _Launch = tuple[_Shape, int, int, list[_Pair]]

@@ -33,7 +33,8 @@ class Tuning:
     Attributes:
       max_blocks: thread blocks of a kernel that loads or stores. More disturb the model, fewer slow down the copy.
       min_engine_bytes: what the copy engine moves in a call, at least; less, a kernel does.
-      min_load_span_bytes, min_store_span_bytes: what it moves at once, at least; less, a kernel does.
+      min_slab_bytes: what the copy engine moves straight between the pools, at least, if it knows all ids.
+      min_load_span_bytes, min_store_span_bytes: what it moves through staging, at least; less, a kernel does.
       half_bytes: one half of the staging between copy engine and kernel; beside a model up to eight times that.
       max_store_blocks_beside, min_span_bytes_beside: max_blocks of a store, and what the copy engine moves in either
         direction, beside a model.
@@ -42,6 +43,7 @@ class Tuning:
 
     max_blocks: int
     min_engine_bytes: int
+    min_slab_bytes: int
     min_load_span_bytes: int
     min_store_span_bytes: int
     half_bytes: int
@@ -61,10 +63,13 @@ class Tuning:
         max_blocks: bytes in flight = speed x latency, 4.8 us. 4 blocks load 0.92 to 0.95 of a contiguous copy and store
         0.93 to 0.95, 16 blocks the same, 2 blocks 0.6 and 0.8 (benchmarks/transfer.py --blocks 2 4 16).
 
-        min_engine_bytes: the link idles while a kernel works on the first batch of a store or the last one of a load,
-        and a batch takes the CPU 16 us. One page of 21 MB in 160 arrays: copy engine / kernel 0.88 / 1.00 of the best
-        other way (load), 0.90 / 0.95 (store); from 65 to 84 MB both are equal, at 134 MB the engine is 1.03 and 1.01
-        times as fast (benchmarks/grids.py --grids A C D).
+        min_engine_bytes: its submissions take CPU time, and the link idles while a kernel empties the staging. The time
+        of one cudaMemcpyAsync for each record and a scatter, by copy engine / kernel: 21 MB in 160 arrays 1.05 / 0.99
+        (load), 1.04 / 1.00 (store), in one array 1.02 / 1.04 and 1.00 / 1.00; 63 MB 0.99 / 1.03 and 0.98 / 1.01.
+
+        min_slab_bytes: the time of a step, of the longer one of model and copy, slabs of 128 KB straight / through
+        staging: beside a prefill of 1,024 tokens 1.03 / 1.06 (load, store, apart or in a scan), with a load of 2 GB
+        1.07 / 1.10, of 4 GB 1.04 / 1.03; alone both 0.97 to 0.98 of what is said above.
 
         min_*_span_bytes: fractions of the roof, copy engine / kernel (benchmarks/transfer.py --ways host_ids kernel):
 
@@ -97,7 +102,8 @@ class Tuning:
 
         return cls(
             max_blocks=max(2, round(bytes_per_second * 4.8e-6 / _BLOCK_BYTES)),
-            min_engine_bytes=power_of_two(1500e-6),
+            min_engine_bytes=power_of_two(700e-6),
+            min_slab_bytes=power_of_two(3e-6),
             min_load_span_bytes=power_of_two(3e-6),
             min_store_span_bytes=power_of_two(12e-6),
             half_bytes=power_of_two(200e-6),

@@ -38,12 +38,25 @@ def gpu():
     return gpus[0]
 
 
-@pytest.fixture
-def small_tuning():
-    """Stages, spans and halves of staging so small that little pools have several of each."""
+MOVERS = {"kernel": 1, "records": 1 << 40, "slabs": 1}
+"""Who moves the pages, by ids in device memory or from `host_ids`, and the tuning's `min_slab_bytes` for it."""
+
+
+@pytest.fixture(params=MOVERS)
+def mover(request):
+    """Traces with stages, spans and halves of staging so small that little pools have several of each."""
     small = dict.fromkeys((field.name for field in dataclasses.fields(Tuning)), 1) | {
         "max_blocks": 4,
         "half_bytes": 4096,
+        "min_slab_bytes": MOVERS[request.param],
     }
     with tuning.using(Tuning(**small)):
-        yield
+        yield request.param
+
+
+@pytest.fixture(params=MOVERS)
+def mover_of_layers(request):
+    """Traces with stages of one layer on any GPU."""
+    small = {"min_stage_bytes": 1, "min_span_bytes_beside": 1, "min_slab_bytes": MOVERS[request.param]}
+    with tuning.using(dataclasses.replace(tuning.current(), **small)):
+        yield request.param

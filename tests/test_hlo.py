@@ -84,12 +84,10 @@ def test_scan_over_layers(mesh, layout):
     assert hlo.copies_of(text, PAGES * 16) == []
 
 
-@pytest.mark.usefixtures("small_tuning")
-@pytest.mark.parametrize("is_by_engine", [False, True])
 @pytest.mark.parametrize("layout", ["per_layer", "stacked"])
-def test_layers_beside_copies(mesh, layout, is_by_engine, monkeypatch):
+def test_layers_beside_copies(mesh, layout, mover, monkeypatch):
     """No copy of a pool, the start before any GEMM of the model, and the waits where they belong."""
-    if is_by_engine:  # a compile-only device has no memory spaces: as if the ids were in host memory
+    if mover != "kernel":  # a compile-only device has no memory spaces: as if the ids were in host memory
         monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
     pool, host = hlo.abstract_pools(SPEC, mesh, layout, num_device_pages=PAGES)
     sharding = host.array.sharding

@@ -1,6 +1,5 @@
 """Copies beside a model: `run_layers` must mean what its docstring says, a store, a load, then the layers."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,7 +9,7 @@ import oracle
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, overlap, run_layers, store, tuning
+from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, overlap, run_layers, store
 
 LAYERS, DEVICE_PAGES, HOST_PAGES = 5, 9, 11
 SPECS = {
@@ -70,7 +69,7 @@ def in_order(apply_layer, x, device, host, load_pairs, store_pairs):
     return x, device.with_flat_arrays(arrays)
 
 
-def check(spec, layout, device, seed, on_host=False, host_layout="page_first", steps=2):
+def check(spec, layout, device, seed, mover="kernel", host_layout="page_first", steps=2):
     """Compares whole pools and x after some steps with random pairs."""
     rng = np.random.default_rng(seed)
     pool, content, host = random_pools(spec, layout, device, rng, host_layout)
@@ -91,8 +90,9 @@ def check(spec, layout, device, seed, on_host=False, host_layout="page_first", s
             device_pages[rng.integers(6)] = rng.choice([-1, DEVICE_PAGES])
             pairs.append((device_pages, host_pages))
         to_load, to_store = pairs
-        ids = functools.partial(host_ids if on_host else jax.device_put, device=device)
-        given = ((jax.device_put(to_load[0], device), ids(to_load[1])), tuple(map(ids, to_store)))
+        ids = functools.partial(jax.device_put if mover == "kernel" else host_ids, device=device)
+        target = to_load[0] if mover == "records" else ids(to_load[0])
+        given = ((target, ids(to_load[1])), tuple(map(ids, to_store)))
         x, pool = step(x, pool, host, *given)
         want, twin = expected(want, twin, twin_host, *pairs)
     np.testing.assert_array_equal(np.asarray(x), np.asarray(want))
@@ -101,24 +101,23 @@ def check(spec, layout, device, seed, on_host=False, host_layout="page_first", s
     np.testing.assert_array_equal(host.memories[0].view(), twin_host.memories[0].view())
 
 
-@pytest.mark.usefixtures("small_tuning")
-@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("layout", DEVICE_LAYOUTS)
 @pytest.mark.parametrize("spec_name", SPECS)
-def test_means_store_load_layers(device, spec_name, layout, on_host):
-    check(SPECS[spec_name], layout, device, 0, on_host)
+def test_means_store_load_layers(device, spec_name, layout, mover):
+    check(SPECS[spec_name], layout, device, 0, mover)
 
 
-@pytest.mark.usefixtures("small_tuning")
-@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("host_layout", oracle.HOST_ORDERS)
-def test_host_layouts(device, host_layout, on_host):
-    check(SPECS["gqa"], "per_layer", device, 1, on_host, host_layout)
+def test_host_layouts(device, host_layout, mover):
+    check(SPECS["gqa"], "per_layer", device, 1, mover, host_layout)
 
 
-def test_with_the_sizes_of_real_pools(device):
-    """The stages and halves that users get: some layers a stage, some pages a half, the first layers by kernel."""
-    check(PageSpec.uniform(16, 16, {"k": ((4, 64), "int32"), "v": ((4, 64), "int32")}), "per_layer", device, 2, True)
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_with_the_sizes_of_real_pools(device, page_size):
+    """The stages and halves that users get: some layers a stage, some pages a half, the first layers by kernel; or,
+    with the long pages, slab by slab."""
+    spec = PageSpec.uniform(page_size, 16, {"k": ((4, 64), "int32"), "v": ((4, 64), "int32")})
+    check(spec, "per_layer", device, 2, "slabs")
 
 
 def test_layers_that_differ(device):
@@ -304,15 +303,6 @@ def wrong_slabs(
     return in_host.count(False) + sum(int(wrong) + int((np.asarray(y) != eye).any()) for wrong, y in xs)
 
 
-@pytest.fixture
-def stages_of_one_layer():
-    """On any GPU, and moved by the copy engine if the ids are from `host_ids`."""
-    with tuning.using(dataclasses.replace(tuning.current(), min_stage_bytes=1, min_span_bytes_beside=1)):
-        yield
-
-
-@pytest.mark.usefixtures("stages_of_one_layer")
-@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize(
     ("layout", "host_layout"),
     [
@@ -325,32 +315,30 @@ def stages_of_one_layer():
         ("per_layer", "layer_first"),
     ],
 )
-def test_steps_in_flight(device, layout, host_layout, on_host):
-    """7,000 steps on a GPU."""
+def test_steps_in_flight(device, layout, host_layout, mover_of_layers):
+    """10,500 steps on a GPU."""
     num_steps = 4 if device.platform == "cpu" else 1000 if host_layout == "page_first" else 300
-    assert wrong_slabs(device, num_steps, layout, host_layout, on_host) == 0
+    assert wrong_slabs(device, num_steps, layout, host_layout, mover_of_layers != "kernel") == 0
 
 
-@pytest.mark.usefixtures("stages_of_one_layer")
-@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("num_pools", [1, 2])
-def test_two_programs_in_flight(device, num_pools, on_host):
+def test_two_programs_in_flight(device, num_pools, mover_of_layers):
     """By turns, with a slow model: the copies of one are submitted while the other runs. With two pools each program
     has two `run_layers`."""
     num_steps, pairs = 50 if device.platform == "gpu" else 4, [(16, 8), (3, 20)]
+    on_host = mover_of_layers != "kernel"
     assert wrong_slabs(device, num_steps, "per_layer", "page_first", on_host, pairs, num_pools, matmuls=(4, 1)) == 0
 
 
-@pytest.mark.usefixtures("stages_of_one_layer")
 @pytest.mark.parametrize(
-    ("pairs", "on_host"),
-    [((16, 0), False), ((16, 0), True), ((0, 16), False)],
-    ids=["load by kernel", "load by engine", "store by kernel"],
+    ("pairs", "mover_of_layers"),
+    [((16, 0), "kernel"), ((16, 0), "records"), ((16, 0), "slabs"), ((0, 16), "kernel"), ((0, 16), "slabs")],
+    indirect=["mover_of_layers"],
 )
 @pytest.mark.parametrize("layout", ["per_layer", "stacked"])
-def test_a_wait_too_few_is_seen(gpu, monkeypatch, layout, pairs, on_host):
+def test_a_wait_too_few_is_seen(gpu, monkeypatch, layout, pairs, mover_of_layers):
     """The mutant: layers wait for the stage before theirs, so they read what is not yet loaded, or write over what is
-    not yet stored. (What the copy engine stores has left their pages by then. The GEMMs let the CPU get ahead.)"""
+    not yet stored. (What is stored through staging has left their pages by then. The GEMMs let the CPU get ahead.)"""
     start = overlap._start
 
     def mutant(attributes, *args):
@@ -358,10 +346,11 @@ def test_a_wait_too_few_is_seen(gpu, monkeypatch, layout, pairs, on_host):
         return start(attributes | {"wait_stages": np.array([0, *stages[:-2], stages[-1]])}, *args)
 
     monkeypatch.setattr(overlap, "_start", mutant)
-    assert wrong_slabs(gpu, 3, layout, on_host=on_host, pairs=[pairs], matmuls=(4, 0)) > 0
+    assert wrong_slabs(gpu, 3, layout, on_host=mover_of_layers != "kernel", pairs=[pairs], matmuls=(4, 0)) > 0
 
 
-@pytest.mark.usefixtures("stages_of_one_layer")
+@pytest.mark.usefixtures("mover_of_layers")
+@pytest.mark.parametrize("mover_of_layers", ["records"], indirect=True)
 @pytest.mark.parametrize("pairs", [(16, 0), (0, 16)], ids=["load", "store"])
 @pytest.mark.parametrize("layout", ["per_layer", "stacked"])
 def test_staging_that_is_freed_early_is_seen(gpu, monkeypatch, layout, pairs):

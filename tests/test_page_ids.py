@@ -44,6 +44,11 @@ def test_bad_ids():
 NUM_PAGES, PAIRS = (23, 19), 15
 
 
+def by_engine(test):
+    """The pages travel through staging, or slab by slab where the ids allow it."""
+    return pytest.mark.usefixtures("mover")(pytest.mark.parametrize("mover", ["records", "slabs"], indirect=True)(test))
+
+
 def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_ids, device_ids=(False, True)):
     """Loads and stores against the oracle, with device_pages in device and in host memory; whole pools compared."""
     device_oracle = oracle.Pool(spec, oracle.DEVICE_ORDERS[device_name], NUM_PAGES[0], rng)
@@ -75,7 +80,7 @@ def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_i
     np.testing.assert_array_equal(host.memories[0].view(), host_oracle.buffers[0])
 
 
-@pytest.mark.usefixtures("small_tuning")
+@by_engine
 @pytest.mark.parametrize("host_name", oracle.HOST_ORDERS)
 @pytest.mark.parametrize("spec_name", ["gqa", "mla", "fused", "unequal", "whole pages of memory"])
 def test_load_and_store(device, spec_name, host_name):
@@ -89,7 +94,7 @@ def test_load_and_store(device, spec_name, host_name):
     check(spec, "per_layer", host_name, device, np.random.default_rng(0))
 
 
-@pytest.mark.usefixtures("small_tuning")
+@by_engine
 def test_stacked_and_one_layer(device):
     check(oracle.SPECS["gqa"](4), "stacked", "page_first", device, np.random.default_rng(1))
     check(oracle.SPECS["gqa"](4), "per_layer", "page_first", device, np.random.default_rng(2), layer=1)
@@ -99,7 +104,7 @@ def test_records_too_small_for_the_copy_engine(device):
     check(oracle.SPECS["gqa"](4), "per_layer", "page_first", device, np.random.default_rng(3))
 
 
-@pytest.mark.usefixtures("small_tuning")
+@by_engine
 def test_ids_in_pinned_memory_that_is_not_ours(device):
     """A kernel must move the pages: somebody may still be writing these ids."""
 

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, Slab, Tuning, calibrate, calibration, load, ops, overlap, tuning
+from jax_kvpool import DevicePool, HostPool, PageSpec, Tuning, calibrate, calibration, load, ops, overlap, tuning
 
 H100 = Tuning(
     max_blocks=4,
-    min_engine_bytes=64 << 20,
+    min_engine_bytes=32 << 20,
+    min_slab_bytes=128 << 10,
     min_load_span_bytes=128 << 10,
     min_store_span_bytes=512 << 10,
     half_bytes=8 << 20,
@@ -45,41 +46,32 @@ def test_staging_beside_a_model(megabytes, half):
         assert overlap._half_bytes(megabytes << 20) == half << 20
 
 
-def parts(spec, num_pairs, host_layout="page_first", layer=None):
-    """What a load of so many pages moves at once: `(layers, bytes staged)` of each stage."""
-    device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1, host_layout)
-    stages = (spec.layers,) if layer is None else ((layer,),)
-    plan = ops._plan(True, device, host, *[np.zeros(num_pairs, np.int32)] * 2, stages)
-    return plan.staged_page_bytes, plan.integers[4 + plan.integers[3]]
-
-
 def test_who_moves_what(monkeypatch):
-    monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
-    small = PageSpec.uniform(16, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 2 MB a page, 64 KB a layer
-    large = PageSpec.uniform(64, 80, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 21 MB a page, 256 KB a layer
-    with tuning.using(H100):
-        assert parts(small, 31) == (0, 1)
-        assert parts(small, 32) == (2 << 20, 1)
-        assert parts(small, 32, layer=3) == parts(small, 2000, layer=3) == (0, 1)
-        assert parts(large, 3) == (0, 1)
-        assert parts(large, 4) == (27 * 256 << 10, 3)
-        assert parts(large, 256, layer=3) == (256 << 10, 1)
-        # No part of a record holds some layers of these.
-        for layout in ("page_first_kv", "token_first", "page_head"):
-            assert parts(large, 4, layout) == (20 << 20, 1)
+    page16 = PageSpec.uniform(16, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 2 MB a page, slabs of 32 KB
+    page64 = PageSpec.uniform(64, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 8 MB a page, slabs of 128 KB
+    monkeypatch.setattr(ops, "is_on_host", lambda pages: pages is not None)
 
+    def mover(is_load, spec, num_pairs, layer=None, host_layout="page_first", is_on_host=True):
+        device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1, host_layout)
+        host_pages = np.zeros(num_pairs, np.int32)
+        stages = (spec.layers,) if layer is None else ((layer,),)
+        plan = ops._plan(is_load, device, host, host_pages if is_on_host else None, host_pages, stages)
+        at = 5 + plan.integers[3]
+        is_by_slab, staged_page_bytes = plan.integers[at : at + 2]
+        assert staged_page_bytes == plan.staged_page_bytes and not (is_by_slab and staged_page_bytes)
+        return "slabs" if is_by_slab else "records" if staged_page_bytes else "kernel"
 
-def test_parts_of_a_page_are_alike(monkeypatch):
-    monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
-    sizes = [7, 1, 1, 1, 3, 3]
-    spec = PageSpec(tuple(Slab("k", layer, (64, 1024 * n), "uint8") for layer, n in enumerate(sizes)), 16)
     with tuning.using(H100):
-        assert ops._divided(spec, (spec.layers,), 8 << 20, 1) == ((0, 1), (2, 3, 4, 5))
-        assert ops._divided(spec, (spec.layers,), 6 << 20, 1) == ((0,), (1, 2, 3, 4), (5,))
-        assert ops._divided(spec, (spec.layers,), 1, 17 << 20) == (spec.layers,)
-    smallest = Tuning(**dict.fromkeys((field.name for field in dataclasses.fields(Tuning)), 1))
-    with tuning.using(smallest):
-        assert parts(spec, 1) == (7 << 20, 6)
+        for is_load in (True, False):
+            assert mover(is_load, page16, 15) == mover(is_load, page64, 3) == "kernel"  # less than 32 MB
+            assert mover(is_load, page16, 16) == "records"
+            assert mover(is_load, page64, 4) == mover(is_load, page64, 4, host_layout="page_first_kv") == "slabs"
+            assert mover(is_load, page64, 4, host_layout="page_head") == "records"  # no slab is one run
+            assert mover(is_load, page64, 100, layer=3) == "kernel"
+            assert mover(is_load, page64, 128, layer=3) == "slabs"
+        assert mover(True, page64, 4, is_on_host=False) == "records"
+        assert mover(False, page64, 4, is_on_host=False) == "kernel"
+        assert mover(True, page16, 2000, layer=3) == "kernel"  # 64 KB of a record
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Tuning)])
