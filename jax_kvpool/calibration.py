@@ -55,9 +55,7 @@ def calibrate(*, save: bool = True) -> Tuning:
             most = max(statistics.median(speeds[op, blocks, None]) for blocks in _BLOCKS)
             enough -= {b for b in _BLOCKS if statistics.median(speeds[op, b, None]) < _ENOUGH * most}
     max_blocks = min(enough, default=_BLOCKS[-1])
-    engine = dataclasses.replace(
-        current(), min_engine_bytes=1, min_slab_bytes=_NEVER, min_load_span_bytes=1, min_store_span_bytes=1
-    )
+    engine = dataclasses.replace(current(), min_engine_bytes=1, min_load_span_bytes=1, min_store_span_bytes=1)
     ratios: dict[Any, dict[int, float]] = {load: {}, store: {}}
     link = 0.0
     for span in _SPANS:

@@ -157,14 +157,10 @@ def is_on_host(pages: Any) -> bool:
     return isinstance(pages, jax.Array) and bool(jax.typeof(pages).memory_space == jax.memory.Space.Host)
 
 
-def for_engine(is_load: bool, device_pages: Any, host_pages: Any, min_span_bytes: int) -> tuple[int | None, int | None]:
-    """The `min_span_bytes` and `min_slab_bytes` of the plan for these ids. The copy engine needs the host's, and for a
-    store, or to know the addresses of slabs, also the device's."""
-    if not is_on_host(host_pages):
-        return None, None
-    if is_on_host(device_pages):
-        return min_span_bytes, current().min_slab_bytes
-    return (min_span_bytes if is_load else None), None
+def engine_can_read(is_load: bool, device_pages: Any, host_pages: Any) -> bool:
+    """Whether the copy engine can be used with these ids: it needs the host's, and for a store also the device's, to
+    know which pairs it is to skip."""
+    return is_on_host(host_pages) and (is_load or is_on_host(device_pages))
 
 
 def scratch_bytes(plan: CopyPlan, half_bytes: int, device_pages: Any, host_pages: Any) -> int | None:
@@ -184,10 +180,9 @@ def _plan(
     spec, tuning = device.spec, current()
     plan_of = functools.partial(copy_plan, spec, device.layout, device.num_pages, host.layout, host.num_pages, stages)
     num_bytes = host_pages.size * sum(spec.layer_bytes[layer] for layers in stages for layer in layers)
-    if num_bytes < tuning.min_engine_bytes:
+    if num_bytes < tuning.min_engine_bytes or not engine_can_read(is_load, device_pages, host_pages):
         return plan_of()
-    min_span_bytes = tuning.min_load_span_bytes if is_load else tuning.min_store_span_bytes
-    return plan_of(*for_engine(is_load, device_pages, host_pages, min_span_bytes))
+    return plan_of(tuning.min_load_span_bytes if is_load else tuning.min_store_span_bytes)
 
 
 def fenced(arrays: list[jax.Array]) -> list[jax.Array]:

@@ -18,9 +18,10 @@ from jax_kvpool.layout import PageSpec
 from jax_kvpool.ops import (
     check_pools,
     checked_blocks,
+    engine_can_read,
     fenced,
-    for_engine,
     in_flight,
+    is_on_host,
     is_staging,
     page_pairs,
     scratch_bytes,
@@ -94,12 +95,14 @@ def run_layers(
         raise ValueError("run_layers must be called inside jax.jit, where its copies and waits are one program")
     is_stacked = "layer" in device.layout.order
     tuning = current()
-    load_by_engine = for_engine(True, *load_pairs, tuning.min_span_bytes_beside)
-    store_by_engine = for_engine(False, *store_pairs, tuning.min_span_bytes_beside)
+    load_by_engine, store_by_engine = _for_engine(True, *load_pairs), _for_engine(False, *store_pairs)
     num_pairs = max(load_pairs[0].size, store_pairs[0].size)
-    stages = _stages(device.spec, num_pairs, any((*load_by_engine, *store_by_engine)))
-    places = device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages
-    load_plan, store_plan = copy_plan(*places, *load_by_engine), copy_plan(*places, *store_by_engine)
+    for max_layers in (max(1, len(device.spec.layers) // 16), 1):  # the copy engine likes more at once
+        stages = _stages(device.spec, num_pairs, max_layers)
+        places = device.spec, device.layout, device.num_pages, host.layout, host.num_pages, stages
+        load_plan, store_plan = copy_plan(*places, *load_by_engine), copy_plan(*places, *store_by_engine)
+        if load_plan.is_by_engine or store_plan.is_by_engine:
+            break
     scratch = [
         scratch_bytes(plan, _half_bytes(pairs[0].size * device.spec.payload_bytes), *pairs) or 0
         for plan, pairs in ((load_plan, load_pairs), (store_plan, store_pairs))
@@ -109,7 +112,7 @@ def run_layers(
     wait_stages = [at for at, layers in enumerate(stages) for _ in (layers if is_stacked else [0])]
     ids = (*load_pairs, *store_pairs)
     blocks = checked_blocks(max_blocks)
-    stores_by_kernel = max_blocks is None and store_plan.staged_page_bytes == 0
+    stores_by_kernel = max_blocks is None and not store_plan.is_by_engine
     attributes = {
         "load_plan": np.array(load_plan.integers, np.int64),
         "store_plan": np.array(store_plan.integers, np.int64),
@@ -128,13 +131,16 @@ def run_layers(
     return _finish(x, token, device, arrays, (*ids, staging))
 
 
-def _stages(spec: PageSpec, num_pairs: int, is_by_engine: bool) -> Stages:
-    """Divides the layers into stages of one layer, or of as many as make the tuning's `min_stage_bytes`.
+def _for_engine(is_load: bool, device_pages: Any, host_pages: Any) -> tuple[int | None, int | None]:
+    """The `min_span_bytes` and `min_slab_bytes` of a plan for these ids."""
+    if not engine_can_read(is_load, device_pages, host_pages):
+        return None, None
+    return current().min_span_bytes_beside, current().min_slab_bytes_beside if is_on_host(device_pages) else None
 
-    The copy engine likes more at once: its stages grow from one layer, for which everything waits, to a sixteenth of
-    all; not more, since nothing travels any more while the last one's are computed.
-    """
-    max_layers = max(1, len(spec.layers) // 16) if is_by_engine else 1
+
+def _stages(spec: PageSpec, num_pairs: int, max_layers: int) -> Stages:
+    """Divides the layers into stages that grow from one layer, for which everything waits, to `max_layers`, or to as
+    many as make the tuning's `min_stage_bytes`. While the last one's are computed nothing travels any more."""
     stages: list[list[int]] = []
     size = num_bytes = 0
     for layer in spec.layers:

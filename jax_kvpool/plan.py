@@ -115,11 +115,13 @@ class CopyPlan(NamedTuple):
     Attributes:
       integers: the list that csrc/copy_plan.h reads.
       arrays: which of the device pool's arrays are the call's operands, in this order.
+      is_by_engine: whether a part of it is for the copy engine.
       staged_page_bytes: of a page in a staging buffer, at most; 0 if nothing goes through one.
     """
 
     integers: tuple[int, ...]
     arrays: tuple[int, ...]
+    is_by_engine: bool
     staged_page_bytes: int
 
 
@@ -155,7 +157,7 @@ def copy_plan(
     plan = [num_device_pages, num_host_pages, sum(host.array_bytes), len(arrays)]
     plan += [device.array_bytes[a] for a in arrays]
     plan.append(len(in_stages))
-    max_staged = 0
+    is_by_engine, max_staged = False, 0
     for stage in in_stages:
         shapes: dict[_Shape, list[_Pair]] = {}
         for d, h in stage:
@@ -163,6 +165,7 @@ def copy_plan(
         is_by_slab = min_slab_bytes is not None and all(shape.is_one_run_of(min_slab_bytes) for shape in shapes)
         spans = [] if is_by_slab else _spans(stage, host, spec.page_size, min_span_bytes)
         staged_page_bytes = _staged_page_bytes(spans)
+        is_by_engine |= is_by_slab or bool(spans)
         max_staged = max(max_staged, staged_page_bytes)
         plan += [int(is_by_slab), staged_page_bytes, len(spans)]
         for span in spans:
@@ -176,7 +179,7 @@ def copy_plan(
             plan += [first_slab, slabs_per_layer, len(slabs)]
             for d, h in slabs:
                 plan += [arrays.index(d.array), d.offset, h.offset, _staged_offset(h, spans)]
-    return CopyPlan(tuple(plan), tuple(arrays), max_staged)
+    return CopyPlan(tuple(plan), tuple(arrays), is_by_engine, max_staged)
 
 
 _Launch = tuple[_Shape, int, int, list[_Pair]]

@@ -33,22 +33,22 @@ class Tuning:
     Attributes:
       max_blocks: thread blocks of a kernel that loads or stores. More disturb the model, fewer slow down the copy.
       min_engine_bytes: what the copy engine moves in a call, at least; less, a kernel does.
-      min_slab_bytes: what the copy engine moves straight between the pools, at least, if it knows all ids.
-      min_load_span_bytes, min_store_span_bytes: what it moves through staging, at least; less, a kernel does.
+      min_load_span_bytes, min_store_span_bytes: what it moves at once, at least; less, a kernel does.
       half_bytes: one half of the staging between copy engine and kernel; beside a model up to eight times that.
       max_store_blocks_beside, min_span_bytes_beside: max_blocks of a store, and what the copy engine moves in either
         direction, beside a model.
+      min_slab_bytes_beside: what it moves straight between the pools there, at least, if it knows all ids.
       min_stage_bytes: what a stage of a copy beside a model moves, at least.
     """
 
     max_blocks: int
     min_engine_bytes: int
-    min_slab_bytes: int
     min_load_span_bytes: int
     min_store_span_bytes: int
     half_bytes: int
     max_store_blocks_beside: int
     min_span_bytes_beside: int
+    min_slab_bytes_beside: int
     min_stage_bytes: int
 
     def __post_init__(self) -> None:
@@ -63,13 +63,12 @@ class Tuning:
         max_blocks: bytes in flight = speed x latency, 4.8 us. 4 blocks load 0.92 to 0.95 of a contiguous copy and store
         0.93 to 0.95, 16 blocks the same, 2 blocks 0.6 and 0.8 (benchmarks/transfer.py --blocks 2 4 16).
 
-        min_engine_bytes: its submissions take CPU time, and the link idles while a kernel empties the staging. The time
-        of one cudaMemcpyAsync for each record and a scatter, by copy engine / kernel: 21 MB in 160 arrays 1.05 / 0.99
-        (load), 1.04 / 1.00 (store), in one array 1.02 / 1.04 and 1.00 / 1.00; 63 MB 0.99 / 1.03 and 0.98 / 1.01.
+        min_engine_bytes: its submissions take CPU time, and the link idles while a kernel empties the staging. Times,
+        copy engine / kernel, of one cudaMemcpyAsync for each record and a scatter or gather (benchmarks/peers.py):
 
-        min_slab_bytes: the time of a step, of the longer one of model and copy, slabs of 128 KB straight / through
-        staging: beside a prefill of 1,024 tokens 1.03 / 1.06 (load, store, apart or in a scan), with a load of 2 GB
-        1.07 / 1.10, of 4 GB 1.04 / 1.03; alone both 0.97 to 0.98 of what is said above.
+                   21 MB, 160 arrays   21 MB, 1 array   63 MB, 1 array   67 MB, 64 arrays
+          load        1.05 / 0.99        1.02 / 1.04      0.99 / 1.03      0.97 / 1.02
+          store       1.04 / 1.00        1.00 / 1.00      0.98 / 1.01      0.97 / 1.00
 
         min_*_span_bytes: fractions of the roof, copy engine / kernel (benchmarks/transfer.py --ways host_ids kernel):
 
@@ -94,6 +93,19 @@ class Tuning:
           store              1.03 / 1.06               1.05 / 1.07                1,024 tokens
                              1.51 / 1.37               1.32 / 1.32                64 tokens
 
+        min_slab_bytes_beside: a copy for each slab takes no SM and no staging, but 1 us of CPU time, 8 ms for 1 GB of
+        128 KB. Time of the step, of the longer one of model and copy, straight / through staging (32 KB: by kernel):
+
+                  128 KB       128 KB, scan  64 KB        32 KB
+          load  1.04 / 1.06  1.03 / 1.05  1.05 / 1.03  1.06 / 1.06  1,024 tokens
+          store 1.03 / 1.07  1.03 / 1.06  1.04 / 1.06  1.27 / 1.10  1,024 tokens
+          load  1.04 / 1.04               1.07 / 1.04               64 tokens
+          store 1.10 / 1.15               1.18 / 1.22               64 tokens
+          load  1.02 / 1.03  1.04 / 1.05                            GEMMs
+          store 1.01 / 1.04  1.03 / 1.05                            GEMMs
+
+        Alone it is no faster: 1 GB takes 21.9 / 21.6 ms (load), 21.1 / 20.7 (store).
+
         min_stage_bytes: a launch and an event take about 5 us.
         """
 
@@ -103,12 +115,12 @@ class Tuning:
         return cls(
             max_blocks=max(2, round(bytes_per_second * 4.8e-6 / _BLOCK_BYTES)),
             min_engine_bytes=power_of_two(700e-6),
-            min_slab_bytes=power_of_two(3e-6),
             min_load_span_bytes=power_of_two(3e-6),
             min_store_span_bytes=power_of_two(12e-6),
             half_bytes=power_of_two(200e-6),
             max_store_blocks_beside=max(1, round(bytes_per_second * 2.4e-6 / _BLOCK_BYTES)),
             min_span_bytes_beside=power_of_two(6e-6),
+            min_slab_bytes_beside=power_of_two(3e-6),
             min_stage_bytes=power_of_two(100e-6),
         )
 

@@ -39,7 +39,7 @@ def gpu():
 
 
 MOVERS = {"kernel": 1, "records": 1 << 40, "slabs": 1}
-"""Who moves the pages, by ids in device memory or from `host_ids`, and the tuning's `min_slab_bytes` for it."""
+"""Who moves the pages, by ids in device memory or from `host_ids`, and the tuning's `min_slab_bytes_beside` for it."""
 
 
 @pytest.fixture(params=MOVERS)
@@ -48,7 +48,7 @@ def mover(request):
     small = dict.fromkeys((field.name for field in dataclasses.fields(Tuning)), 1) | {
         "max_blocks": 4,
         "half_bytes": 4096,
-        "min_slab_bytes": MOVERS[request.param],
+        "min_slab_bytes_beside": MOVERS[request.param],
     }
     with tuning.using(Tuning(**small)):
         yield request.param
@@ -57,6 +57,6 @@ def mover(request):
 @pytest.fixture(params=MOVERS)
 def mover_of_layers(request):
     """Traces with stages of one layer on any GPU."""
-    small = {"min_stage_bytes": 1, "min_span_bytes_beside": 1, "min_slab_bytes": MOVERS[request.param]}
+    small = {"min_stage_bytes": 1, "min_span_bytes_beside": 1, "min_slab_bytes_beside": MOVERS[request.param]}
     with tuning.using(dataclasses.replace(tuning.current(), **small)):
         yield request.param

@@ -9,7 +9,7 @@ import oracle
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, overlap, run_layers, store
+from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, ops, overlap, run_layers, store, tuning
 
 LAYERS, DEVICE_PAGES, HOST_PAGES = 5, 9, 11
 SPECS = {
@@ -118,6 +118,28 @@ def test_with_the_sizes_of_real_pools(device, page_size):
     with the long pages, slab by slab."""
     spec = PageSpec.uniform(page_size, 16, {"k": ((4, 64), "int32"), "v": ((4, 64), "int32")})
     check(spec, "per_layer", device, 2, "slabs")
+
+
+@pytest.mark.parametrize(
+    ("page_size", "num_pairs", "num_stages"),
+    [
+        (64, 128, 17),  # 256 KB of a record a layer: one layer, then two at once
+        (16, 128, 32),  # 64 KB: two layers would not do either, so a kernel moves layer by layer
+        (16, 1, 1),  # 2 MB in all
+    ],
+)
+def test_stages(monkeypatch, page_size, num_pairs, num_stages):
+    monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
+    spec = PageSpec.uniform(page_size, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))
+    device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1)
+    ids = np.zeros(num_pairs, np.int32)
+
+    def step(device, host, ids):
+        return run_layers(lambda layer, x, kv: (x, kv), jnp.int32(0), device, host, load=(ids, ids))
+
+    with tuning.using(tuning.Tuning.of_link(55e9)):
+        text = jax.jit(step).lower(device, host, ids).as_text()
+    assert text.count("@jax_kvpool_wait") == num_stages + 1  # the end is one, too
 
 
 def test_layers_that_differ(device):

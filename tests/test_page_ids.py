@@ -44,9 +44,7 @@ def test_bad_ids():
 NUM_PAGES, PAIRS = (23, 19), 15
 
 
-def by_engine(test):
-    """The pages travel through staging, or slab by slab where the ids allow it."""
-    return pytest.mark.usefixtures("mover")(pytest.mark.parametrize("mover", ["records", "slabs"], indirect=True)(test))
+by_engine = pytest.mark.parametrize("mover", ["records"], indirect=True)
 
 
 def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_ids, device_ids=(False, True)):
@@ -83,7 +81,7 @@ def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_i
 @by_engine
 @pytest.mark.parametrize("host_name", oracle.HOST_ORDERS)
 @pytest.mark.parametrize("spec_name", ["gqa", "mla", "fused", "unequal", "whole pages of memory"])
-def test_load_and_store(device, spec_name, host_name):
+def test_load_and_store(device, spec_name, host_name, mover):
     """Records of one or two parts, without records, with little and much padding."""
     if spec_name == "whole pages of memory":
         spec = PageSpec.uniform(8, 2, {"k": ((4, 16), "float32"), "v": ((4, 16), "float32")})
@@ -95,7 +93,7 @@ def test_load_and_store(device, spec_name, host_name):
 
 
 @by_engine
-def test_stacked_and_one_layer(device):
+def test_stacked_and_one_layer(device, mover):
     check(oracle.SPECS["gqa"](4), "stacked", "page_first", device, np.random.default_rng(1))
     check(oracle.SPECS["gqa"](4), "per_layer", "page_first", device, np.random.default_rng(2), layer=1)
 
@@ -105,7 +103,7 @@ def test_records_too_small_for_the_copy_engine(device):
 
 
 @by_engine
-def test_ids_in_pinned_memory_that_is_not_ours(device):
+def test_ids_in_pinned_memory_that_is_not_ours(device, mover):
     """A kernel must move the pages: somebody may still be writing these ids."""
 
     def foreign(pages, device):

@@ -7,17 +7,31 @@ import jax
 import numpy as np
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, Tuning, calibrate, calibration, load, ops, overlap, tuning
+from jax_kvpool import (
+    DEVICE_LAYOUTS,
+    HOST_LAYOUTS,
+    DevicePool,
+    HostPool,
+    PageSpec,
+    Tuning,
+    calibrate,
+    calibration,
+    load,
+    ops,
+    overlap,
+    tuning,
+)
+from jax_kvpool.plan import copy_plan
 
 H100 = Tuning(
     max_blocks=4,
     min_engine_bytes=32 << 20,
-    min_slab_bytes=128 << 10,
     min_load_span_bytes=128 << 10,
     min_store_span_bytes=512 << 10,
     half_bytes=8 << 20,
     max_store_blocks_beside=2,
     min_span_bytes_beside=256 << 10,
+    min_slab_bytes_beside=128 << 10,
     min_stage_bytes=4 << 20,
 )
 GEN5, GEN4 = (32.0, 16), (16.0, 16)
@@ -47,31 +61,46 @@ def test_staging_beside_a_model(megabytes, half):
 
 
 def test_who_moves_what(monkeypatch):
-    page16 = PageSpec.uniform(16, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 2 MB a page, slabs of 32 KB
-    page64 = PageSpec.uniform(64, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 8 MB a page, slabs of 128 KB
+    page16 = PageSpec.uniform(16, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 2 MB a page
+    page64 = PageSpec.uniform(64, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 8 MB a page
     monkeypatch.setattr(ops, "is_on_host", lambda pages: pages is not None)
 
-    def mover(is_load, spec, num_pairs, layer=None, host_layout="page_first", is_on_host=True):
+    def is_by_engine(is_load, spec, num_pairs, layer=None, host_layout="page_first", is_on_host=True):
         device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1, host_layout)
         host_pages = np.zeros(num_pairs, np.int32)
         stages = (spec.layers,) if layer is None else ((layer,),)
         plan = ops._plan(is_load, device, host, host_pages if is_on_host else None, host_pages, stages)
-        at = 5 + plan.integers[3]
-        is_by_slab, staged_page_bytes = plan.integers[at : at + 2]
-        assert staged_page_bytes == plan.staged_page_bytes and not (is_by_slab and staged_page_bytes)
-        return "slabs" if is_by_slab else "records" if staged_page_bytes else "kernel"
+        assert plan.is_by_engine == (plan.staged_page_bytes > 0)
+        return plan.is_by_engine
 
     with tuning.using(H100):
         for is_load in (True, False):
-            assert mover(is_load, page16, 15) == mover(is_load, page64, 3) == "kernel"  # less than 32 MB
-            assert mover(is_load, page16, 16) == "records"
-            assert mover(is_load, page64, 4) == mover(is_load, page64, 4, host_layout="page_first_kv") == "slabs"
-            assert mover(is_load, page64, 4, host_layout="page_head") == "records"  # no slab is one run
-            assert mover(is_load, page64, 100, layer=3) == "kernel"
-            assert mover(is_load, page64, 128, layer=3) == "slabs"
-        assert mover(True, page64, 4, is_on_host=False) == "records"
-        assert mover(False, page64, 4, is_on_host=False) == "kernel"
-        assert mover(True, page16, 2000, layer=3) == "kernel"  # 64 KB of a record
+            assert not is_by_engine(is_load, page16, 15) and is_by_engine(is_load, page16, 16)  # 32 MB
+            assert not is_by_engine(is_load, page64, 3) and is_by_engine(is_load, page64, 4)
+            assert not is_by_engine(is_load, page64, 4, host_layout="layer_first")  # no records
+            assert not is_by_engine(is_load, page16, 2000, layer=3)  # 64 KB of a record
+            assert is_by_engine(is_load, page64, 128, layer=3) == is_load  # 256 KB
+            assert is_by_engine(is_load, page64, 4, is_on_host=False) == is_load
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "spec", "is_by_slab"),
+    [
+        ("per_layer", "page_first", "gqa", True),
+        ("stacked", "page_first_kv", "gqa", True),
+        ("per_layer", "layer_first", "gqa", True),  # no records, but slabs
+        ("per_layer", "token_first", "gqa", False),
+        ("head_first", "page_first", "gqa", False),
+        ("per_layer", "page_first", "mixed", False),  # the scales of a page are short
+    ],
+)
+def test_slabs_for_the_copy_engine(device, host, spec, is_by_slab):
+    slabs = dict.fromkeys("kv", ((8, 128), "bfloat16"))
+    if spec == "mixed":
+        slabs["k_scale"] = ((8,), "float32")
+    spec = PageSpec.uniform(64, 2, slabs)
+    plan = copy_plan(spec, DEVICE_LAYOUTS[device], 4, HOST_LAYOUTS[host], 3, ((0,), (1,)), None, 128 << 10)
+    assert plan.is_by_engine == is_by_slab and plan.staged_page_bytes == 0
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Tuning)])
