@@ -37,7 +37,7 @@ def measure(num_cached, num_new, layout, weights, rounds, rng):
     pages = rng.permutation(num_pages).astype(np.int32)
     host_pages = rng.permutation(num_prefix).astype(np.int32)
     pairs = pages[:num_prefix], host_pages
-    loaded = jax.device_put(pairs[0]), host_ids(pairs[1])
+    loaded = tuple(map(host_ids, pairs))
     nothing = tuple(map(jax.device_put, (np.zeros(0, np.int32),) * 2))
     pages, x = jax.device_put(pages), whole.input()
     x_new = x[num_cached:]

@@ -55,12 +55,13 @@ def load(
       device: the target; donated, and changed in place.
       host: the source; read in place, never copied.
       device_pages, host_pages: int32 arrays (or lists) of one length. A pair with an id outside of its pool is
-        skipped (pad with -1); `page_status` says which. A page twice among the targets: either copy may win. Empty is
-        fine. With host_pages from `host_ids`, the copy engine moves what is long enough for it.
+        skipped (pad with -1); `page_status` says which. A page twice among the targets: each byte is from either. Empty
+        is fine. With host_pages from `host_ids`, the copy engine moves what is enough for it, in all and at once, by way
+        of staging that XLA plans (on an H100 16 MB, or room for two pages).
       layer: only this layer; an int, or a traced int32 (in a scan; with ids in device memory) if all layers are alike.
         Default: all.
       max_blocks: thread blocks of the kernel, at most; more disturb the model, fewer slow down the copy. Default: that
-        of this GPU's `Tuning`.
+        of this GPU's `Tuning`, and 32 between staging and layers.
 
     Returns:
       The device pool.

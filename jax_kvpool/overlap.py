@@ -60,9 +60,11 @@ def run_layers(
     needs. All has arrived when any output of the program is ready. On a CPU the copies come first.
 
     Call it inside the jitted step, with `device` donated to the step and `host` a plain argument, as `load` and
-    `store`. With `host_pages` from `host_ids`, for a store `device_pages` too, the copy engine moves the stages of
-    which a record has enough in one piece (256 KB on an H100), and disturbs the model least. It takes staging, device
-    memory that XLA plans: for each direction the larger of 16 MB and a 32nd of what travels, at most 128 MB.
+    `store`. With ids from `host_ids` the copy engine moves slabs (of 128 KB and more on an H100) straight between the
+    pools, and disturbs the model least. Where slabs are shorter, or the `device_pages` of a load are in device memory,
+    it moves the stages of which a record has enough in one piece (256 KB). That takes staging, device memory that XLA
+    plans: for each direction the larger of 16 MB and a 32nd of what travels, at most 128 MB, but room for two pages of
+    a stage.
 
     Args:
       apply_layer: `(layer, x, kv) -> (x, kv)`, one layer of the model. It may write new tokens into `kv`, and returns
