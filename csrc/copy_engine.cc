@@ -36,7 +36,9 @@ class Copies {
     const cudaError_t error = cudaMemcpyBatchAsync(targets.data(), sources.data(), sizes_.data(), size(), &attributes,
                                                    &all, 1, &failed, engine);
 #endif
-    device_.clear(), host_.clear(), sizes_.clear();
+    device_.clear();
+    host_.clear();
+    sizes_.clear();
     return error;
   }
 
@@ -63,7 +65,7 @@ cudaError_t MoveRecords(const Stage& stage, char* host, const int32_t* host_page
 
 cudaError_t CopySlabs(const Stage& stage, const ReadableIds& ids, Direction direction, cudaStream_t stream,
                       cudaStream_t engine, SideStreams& side) {
-  constexpr size_t kMaxCopies = 64;  // the first ones travel while the CPU, 1 us each, goes on with the next
+  constexpr size_t kEnoughCopies = 64;  // the first ones travel while the CPU, 1 us each, goes on with the next
   if (const cudaError_t error = side.Order(stream, engine)) return error;
   Copies copies(direction);
   for (size_t pair = 0; pair < ids.host_pages.size(); ++pair) {
@@ -74,7 +76,7 @@ cudaError_t CopySlabs(const Stage& stage, const ReadableIds& ids, Direction dire
                    At(copy.slabs[s].host, copy.host_strides, ids.host_pages[pair], 0, 0), copy.run_bytes);
       }
     }
-    if (copies.size() >= kMaxCopies) {
+    if (copies.size() >= kEnoughCopies) {
       if (const cudaError_t error = copies.Submit(engine)) return error;
     }
   }

@@ -1,7 +1,8 @@
-// Moves pages with the GPU's copy engine, which reaches the link's full speed and uses no SM: slabs that are long
-// enough straight between the pools, others as whole parts of records between host memory and a staging buffer, and a
-// short kernel between that and the layers. Page-first is what makes the parts large. The addresses must be known when
-// the copy is enqueued, so the page ids must lie where the CPU can read them: the host's, and for slabs the device's.
+// Moves pages with the GPU's copy engine, which reaches the link's full speed and uses no SM: whole parts of records
+// between host memory and a staging buffer, and a short kernel between that and the layers; beside a model, slabs that
+// are long enough straight between the pools. Page-first is what makes the parts large. The addresses must be known
+// when the copy is enqueued, so the page ids must lie where the CPU can read them: the host's, and for slabs the
+// device's.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -72,7 +72,7 @@ auto BindStart(Binding binding) {
       .template Attr<Integers>("load_plan")
       .template Attr<Integers>("store_plan")          // of the same stages
       .template Attr<Integers>("wait_stages")         // the last stage that each wait waits for
-      .template Attr<int64_t>("load_scratch_bytes")   // what of the scratch is for the load and for the store; 0 if
+      .template Attr<int64_t>("load_scratch_bytes")   // at the beginning of the scratch, the store's at its end; 0 if
       .template Attr<int64_t>("store_scratch_bytes")  // their ids are in device memory
       .template Attr<int64_t>("max_load_blocks")
       .template Attr<int64_t>("max_store_blocks");

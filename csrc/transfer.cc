@@ -40,17 +40,17 @@ std::optional<std::string> Transfer::Read(std::span<const int64_t> plan, const L
 cudaError_t Transfer::Enqueue(size_t stage, cudaStream_t stream, SideStreams& side, cudaStream_t& last) {
   const bool is_load = direction_ == Direction::kLoad;
   const cudaStream_t engine = is_load ? side.load_engine() : side.store_engine();
-  const Stage& of = stages_[stage];
-  if (of.is_by_slab && !ids_.host_pages.empty() && !ids_.device_pages.empty()) {
+  const Stage& current = stages_[stage];
+  if (current.is_by_slab && !ids_.host_pages.empty() && !ids_.device_pages.empty()) {
     last = engine;
-    return CopySlabs(of, ids_, direction_, stream, engine, side);
+    return CopySlabs(current, ids_, direction_, stream, engine, side);
   }
-  if (staging_ && !of.spans.empty()) {
+  if (staging_ && !current.spans.empty()) {
     last = is_load ? stream : engine;
-    return staging_->Copy(of, operands_.host.data, ids_, direction_, max_blocks_, stream, engine, side);
+    return staging_->Copy(current, operands_.host.data, ids_, direction_, max_blocks_, stream, engine, side);
   }
   last = stream;
-  return LaunchAll(of, direction_, max_blocks_, stream);
+  return LaunchAll(current, direction_, max_blocks_, stream);
 }
 
 }  // namespace kvpool

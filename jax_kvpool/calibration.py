@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ _ENOUGH: Final = 0.95  # of the most: more blocks must be worth the SMs that the
 _AS_GOOD: Final = 0.98  # of the kernel's speed: of two ways that are alike, the copy engine takes no SMs
 
 
-_Way = tuple[Any, int, Tuning | None]  # load or store, thread blocks, for the copy engine: its tuning
+_Way = tuple[Any, int | None, Tuning | None]  # load or store, and thread blocks, or for the copy engine its tuning
 
 
 def calibrate(*, save: bool = True) -> Tuning:
@@ -60,9 +59,10 @@ def calibrate(*, save: bool = True) -> Tuning:
     link = 0.0
     for span in _SPANS:
         spec = PageSpec.uniform(1, 1, {"kv": ((span,), "uint8")})
-        speeds = _speeds(spec, [(op, max_blocks, tuning) for op in (load, store) for tuning in (None, engine)])
+        by_kernel, by_engine = (max_blocks, None), (None, engine)
+        speeds = _speeds(spec, [(op, *way) for op in (load, store) for way in (by_kernel, by_engine)])
         for op, of_op in ratios.items():
-            pairs = zip(speeds[op, max_blocks, engine], speeds[op, max_blocks, None], strict=True)
+            pairs = zip(speeds[op, *by_engine], speeds[op, *by_kernel], strict=True)
             of_op[span] = statistics.median(e / k for e, k in pairs)
         link = max(link, *map(statistics.median, speeds.values()))
     tuning = dataclasses.replace(
@@ -78,10 +78,10 @@ def calibrate(*, save: bool = True) -> Tuning:
 
 def _min_span(ratios: dict[int, float]) -> int:
     """The length from which on the copy engine gains most over the kernel, in all, from its speeds as parts of the
-    kernel's: one measurement that went wrong does not decide."""
+    kernel's. No length counts for more than a tenth: one measurement that went wrong does not decide."""
 
     def gain(shortest: int) -> float:
-        return sum(math.log(ratio / _AS_GOOD) for span, ratio in ratios.items() if span >= shortest)
+        return sum(max(-0.1, min(ratio / _AS_GOOD - 1, 0.1)) for span, ratio in ratios.items() if span >= shortest)
 
     return max(*ratios, _NEVER, key=gain)
 
@@ -96,7 +96,7 @@ def _speeds(spec: PageSpec, ways: Sequence[_Way]) -> dict[_Way, list[float]]:
     for op, blocks, tuning in ways:
         ids = [jax.device_put(a) if tuning is None else host_ids(a) for a in pages]
 
-        def step(device: Any, host: Any, ids: Any, op: Any = op, blocks: int = blocks) -> Any:
+        def step(device: Any, host: Any, ids: Any, op: Any = op, blocks: int | None = blocks) -> Any:
             for _ in range(_CHAINED):
                 device = op(device, host, *ids, max_blocks=blocks)
             return device

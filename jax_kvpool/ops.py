@@ -34,7 +34,7 @@ _BY_ENGINE: Final = {LOAD_TARGET: LOAD_BY_ENGINE_TARGET, STORE_TARGET: STORE_BY_
 
 _STAGING_BLOCKS: Final = 32
 """Of a kernel between staging and layers when no model runs beside it. Its time is the link's idle time at the end of a
-load, or the begin of a store: 63 MB take 1.30, 1.24 ms with 4, 32."""
+load, or at the beginning of a store: 63 MB take 1.30, 1.24 ms with 4, 32."""
 
 
 def load(
@@ -56,8 +56,8 @@ def load(
       host: the source; read in place, never copied.
       device_pages, host_pages: int32 arrays (or lists) of one length. A pair with an id outside of its pool is
         skipped (pad with -1); `page_status` says which. A page twice among the targets: each byte is from either. Empty
-        is fine. With host_pages from `host_ids`, the copy engine moves what is enough for it, in all and at once, by way
-        of staging that XLA plans (on an H100 16 MB, or room for two pages).
+        is fine. With host_pages from `host_ids`, the copy engine moves what is enough for it, in all and at once, by
+        way of staging that XLA plans (on an H100 16 MB, or room for two pages).
       layer: only this layer; an int, or a traced int32 (in a scan; with ids in device memory) if all layers are alike.
         Default: all.
       max_blocks: thread blocks of the kernel, at most; more disturb the model, fewer slow down the copy. Default: that
@@ -177,7 +177,7 @@ def scratch_bytes(plan: CopyPlan, half_bytes: int, device_pages: Any, host_pages
 def _plan(
     is_load: bool, device: DevicePool, host: HostPool, device_pages: Any, host_pages: Any, stages: Stages
 ) -> CopyPlan:
-    """With the copy engine, if it is worth its while."""
+    """The plan, with the copy engine where that is worth it: never for a traced layer, whose stages are empty."""
     spec, tuning = device.spec, current()
     plan_of = functools.partial(copy_plan, spec, device.layout, device.num_pages, host.layout, host.num_pages, stages)
     num_bytes = host_pages.size * sum(spec.layer_bytes[layer] for layers in stages for layer in layers)

@@ -21,7 +21,6 @@ from jax_kvpool.ops import (
     engine_can_read,
     fenced,
     in_flight,
-    is_on_host,
     is_staging,
     page_pairs,
     scratch_bytes,
@@ -137,12 +136,13 @@ def _for_engine(is_load: bool, device_pages: Any, host_pages: Any) -> tuple[int 
     """The `min_span_bytes` and `min_slab_bytes` of a plan for these ids."""
     if not engine_can_read(is_load, device_pages, host_pages):
         return None, None
-    return current().min_span_bytes_beside, current().min_slab_bytes_beside if is_on_host(device_pages) else None
+    knows_all = engine_can_read(False, device_pages, host_pages)
+    return current().min_span_bytes_beside, current().min_slab_bytes_beside if knows_all else None
 
 
 def _stages(spec: PageSpec, num_pairs: int, max_layers: int) -> Stages:
     """Divides the layers into stages that grow from one layer, for which everything waits, to `max_layers`, or to as
-    many as make the tuning's `min_stage_bytes`. While the last one's are computed nothing travels any more."""
+    many as make the tuning's `min_stage_bytes`. Short ones, since nothing travels while the last one's are computed."""
     stages: list[list[int]] = []
     size = num_bytes = 0
     for layer in spec.layers:

@@ -32,7 +32,8 @@ class Tuning:
 
     Attributes:
       max_blocks: thread blocks of a kernel that loads or stores. More disturb the model, fewer slow down the copy.
-      min_engine_bytes: what the copy engine moves in a call, at least; less, a kernel does.
+      min_engine_bytes: what the copy engine moves in a call without a model beside it, at least, pairs that are skipped
+        included; less, a kernel does.
       min_load_span_bytes, min_store_span_bytes: what it moves at once, at least; less, a kernel does.
       half_bytes: one half of the staging between copy engine and kernel; beside a model up to eight times that.
       max_store_blocks_beside, min_span_bytes_beside: max_blocks of a store, and what the copy engine moves in either
@@ -78,7 +79,7 @@ class Tuning:
 
         half_bytes: 1 GB takes 20.8, 20.4, 20.3 ms with 4, 8, 16 MB. Larger ones cost small copies more, since the link
         idles for the time of one scatter. Beside a prefill 1 GB takes 34.8, 34.7, 35.5 ms with 8, 16, 32 MB, but
-        larger loads want larger halves (ops.py).
+        larger loads want larger halves (overlap.py).
 
         max_store_blocks_beside: a store by kernel makes a prefill of 1,024 tokens, 41 ms, 1.07, 1.21, 1.32, 1.37 times
         as long with 2, 4, 8, 16 blocks: SMs that write to the host slow down all others (benchmarks/interference.py

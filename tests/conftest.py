@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 
 import jax
+import numpy as np
 import pytest
 
 from jax_kvpool import Tuning, tuning
@@ -38,25 +39,39 @@ def gpu():
     return gpus[0]
 
 
-MOVERS = {"kernel": 1, "records": 1 << 40, "slabs": 1}
-"""Who moves the pages, by ids in device memory or from `host_ids`, and the tuning's `min_slab_bytes_beside` for it."""
+MOVERS = ["kernel", "records", "slabs"]
+"""Who moves the pages: a kernel, with ids in device memory, or with those of `host_ids` the copy engine, through
+staging or, beside a model, slab by slab."""
+
+
+def _tuning_of(mover, **changes):
+    longest = 1 << 40
+    return dataclasses.replace(tuning.current(), **changes, min_slab_bytes_beside=1 if mover == "slabs" else longest)
 
 
 @pytest.fixture(params=MOVERS)
 def mover(request):
     """Traces with stages, spans and halves of staging so small that little pools have several of each."""
-    small = dict.fromkeys((field.name for field in dataclasses.fields(Tuning)), 1) | {
-        "max_blocks": 4,
-        "half_bytes": 4096,
-        "min_slab_bytes_beside": MOVERS[request.param],
-    }
-    with tuning.using(Tuning(**small)):
+    small = dict.fromkeys((field.name for field in dataclasses.fields(Tuning)), 1)
+    del small["min_slab_bytes_beside"]
+    with tuning.using(_tuning_of(request.param, **small | {"max_blocks": 4, "half_bytes": 4096})):
         yield request.param
 
 
 @pytest.fixture(params=MOVERS)
 def mover_of_layers(request):
     """Traces with stages of one layer on any GPU."""
-    small = {"min_stage_bytes": 1, "min_span_bytes_beside": 1, "min_slab_bytes_beside": MOVERS[request.param]}
-    with tuning.using(dataclasses.replace(tuning.current(), **small)):
+    with tuning.using(_tuning_of(request.param, min_stage_bytes=1, min_span_bytes_beside=1)):
         yield request.param
+
+
+@pytest.fixture
+def foreign_ids():
+    """Makes ids in pinned memory that is not ours: somebody may still be writing them."""
+
+    def make(pages, device):
+        mesh = jax.sharding.Mesh(np.array([device]), ("x",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(), memory_kind="pinned_host")
+        return jax.device_put(pages, sharding)
+
+    return make

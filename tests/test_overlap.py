@@ -1,6 +1,8 @@
 """Copies beside a model: `run_layers` must mean what its docstring says, a store, a load, then the layers."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,20 @@ import oracle
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_kvpool import DevicePool, HostPool, Layout, PageSpec, host_ids, load, ops, overlap, run_layers, store, tuning
+from jax_kvpool import (
+    DevicePool,
+    HostPool,
+    Layout,
+    PageSpec,
+    Slab,
+    host_ids,
+    load,
+    ops,
+    overlap,
+    run_layers,
+    store,
+    tuning,
+)
 
 LAYERS, DEVICE_PAGES, HOST_PAGES = 5, 9, 11
 SPECS = {
@@ -69,7 +84,7 @@ def in_order(apply_layer, x, device, host, load_pairs, store_pairs):
     return x, device.with_flat_arrays(arrays)
 
 
-def check(spec, layout, device, seed, mover="kernel", host_layout="page_first", steps=2):
+def check(spec, layout, device, seed, mover="kernel", host_layout="page_first", steps=2, make_ids=host_ids):
     """Compares whole pools and x after some steps with random pairs."""
     rng = np.random.default_rng(seed)
     pool, content, host = random_pools(spec, layout, device, rng, host_layout)
@@ -90,7 +105,7 @@ def check(spec, layout, device, seed, mover="kernel", host_layout="page_first", 
             device_pages[rng.integers(6)] = rng.choice([-1, DEVICE_PAGES])
             pairs.append((device_pages, host_pages))
         to_load, to_store = pairs
-        ids = functools.partial(jax.device_put if mover == "kernel" else host_ids, device=device)
+        ids = functools.partial(jax.device_put if mover == "kernel" else make_ids, device=device)
         target = to_load[0] if mover == "records" else ids(to_load[0])
         given = ((target, ids(to_load[1])), tuple(map(ids, to_store)))
         x, pool = step(x, pool, host, *given)
@@ -112,18 +127,45 @@ def test_host_layouts(device, host_layout, mover):
     check(SPECS["gqa"], "per_layer", device, 1, mover, host_layout)
 
 
-@pytest.mark.parametrize("page_size", [16, 128])
-def test_with_the_sizes_of_real_pools(device, page_size):
-    """The stages and halves that users get: some layers a stage, some pages a half, the first layers by kernel; or,
-    with the long pages, slab by slab."""
-    spec = PageSpec.uniform(page_size, 16, {"k": ((4, 64), "int32"), "v": ((4, 64), "int32")})
-    check(spec, "per_layer", device, 2, "slabs")
+@pytest.mark.parametrize("mover", ["records", "slabs"])
+@pytest.mark.parametrize("num_stages", ["some", "one"])
+def test_with_the_sizes_of_real_pools(device, mover, num_stages):
+    """Some layers a stage, or one stage of 160 slabs, which are more than one submission."""
+    spec = PageSpec.uniform(128, 16, {"k": ((4, 64), "int32"), "v": ((4, 64), "int32")})
+    longest = tuning.current().min_stage_bytes if num_stages == "some" else 1 << 30
+    with tuning.using(dataclasses.replace(tuning.current(), min_stage_bytes=longest)):
+        check(spec, "per_layer", device, 2, mover)
+
+
+@pytest.mark.parametrize("mover", ["kernel", "records", "slabs"])
+def test_stages_that_are_moved_differently(device, mover):
+    """Two layers as slabs, two through staging, two by a kernel, in turns; a load with device_pages in device memory
+    moves no slabs."""
+    shapes = [(2, 64), (2, 8), (2, 2), (2, 8), (2, 2), (2, 64)]
+    spec = PageSpec(tuple(Slab(name, at, shape, "int32") for at, shape in enumerate(shapes) for name in "kv"), 4)
+    small = {"min_stage_bytes": 1, "min_slab_bytes_beside": 2048, "min_span_bytes_beside": 512}
+    with tuning.using(dataclasses.replace(tuning.current(), **small)):
+        check(spec, "per_layer", device, 3, mover, steps=5)
+
+
+@pytest.mark.usefixtures("mover")
+@pytest.mark.parametrize("mover", ["slabs"], indirect=True)
+@pytest.mark.parametrize("is_foreign", [lambda i: True, lambda i: i % 2 == 0], ids=["all", "device_pages"])
+def test_ids_in_pinned_memory_that_is_not_ours(device, foreign_ids, is_foreign):
+    """What was planned for the copy engine is a kernel's."""
+    numbers = itertools.count()
+
+    def make_ids(pages, device):
+        return (foreign_ids if is_foreign(next(numbers)) else host_ids)(pages, device=device)
+
+    check(SPECS["gqa"], "per_layer", device, 4, "slabs", make_ids=make_ids)
 
 
 @pytest.mark.parametrize(
     ("page_size", "num_pairs", "num_stages"),
     [
-        (64, 128, 17),  # 256 KB of a record a layer: one layer, then two at once
+        (64, 128, 17),  # slabs of 128 KB: one layer, then two at once
+        (32, 128, 17),  # 128 KB of a record a layer, 256 KB of two
         (16, 128, 32),  # 64 KB: two layers would not do either, so a kernel moves layer by layer
         (16, 1, 1),  # 2 MB in all
     ],
