@@ -4,8 +4,9 @@ python benchmarks/files.py [--json FILE] [--directory DIR] [--mib 256] [--depth 
 
 fio (psync, as many threads, each file made or opened, one transfer of the record's size, closed) and the store take
 turns. Columns: medians of GB/s; `ratio`, the median of the rounds' ratios of store to fio; `bare`, the store without
-checksums, and what part of the store's time they are. Buffered records are got from the page cache. fio reuses one
-buffer a thread; the store's records are all different memory, as in a host pool.
+checksums, and what part of the store's time they are. Buffered records are got from the page cache, and (`get, cold`)
+from the disk, after the cache has given them up. fio reuses one buffer a thread; the store's records are all different
+memory, as in a host pool.
 """
 
 import functools
@@ -23,6 +24,8 @@ import numpy as np
 
 from jax_kvpool import HOST_LAYOUTS, HostPool, PageSpec
 from jax_kvpool.stores import FileStore, Namespace, Outcome, Result
+
+OPERATIONS = {True: ("put", "get"), False: ("put", "get", "get, cold")}  # by whether they are direct
 
 
 class Bare(FileStore):
@@ -62,6 +65,16 @@ def fio(directory, operation, num_records, record_bytes, depth, direct, loops):
     return job["bw_bytes"]
 
 
+def forget(directory):
+    """Makes the page cache give up the files of a directory."""
+    os.sync()
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            fd = os.open(f"{parent}/{name}", os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
 def store(kind, call, expected, namespace, keys, buffers, directory, depth, direct, loops):
     """The same of a store, in batches of 64 records."""
     with kind(namespace, directory, direct=direct, depth=depth) as opened:
@@ -93,7 +106,7 @@ def measure(directory, namespace, pool, args, direct):
     buffers = [pool.record(page, writable=True) for page in range(num_records)]
     keys = [hashlib.sha256(str(i).encode()).digest() for i in range(num_records)]
     check(namespace, directory, keys[:64], buffers[:64], direct)
-    loops = {"put": 1, "get": 1 if direct else 8}
+    loops = 1 if direct else 8
     measured = {}
     for number in range(args.rounds):
         methods = {}
@@ -103,7 +116,8 @@ def measure(directory, namespace, pool, args, direct):
             run = functools.partial(run, kind, depth=args.depth, direct=direct)
             methods[kind.__name__] = {
                 "put": functools.partial(run, "put", Outcome.STORED, loops=1),
-                "get": functools.partial(run, "get", Outcome.FOUND, loops=loops["get"]),
+                "get": functools.partial(run, "get", Outcome.FOUND, loops=loops),
+                "get, cold": functools.partial(run, "get", Outcome.FOUND, loops=1),
             }
         where = f"{directory}/{number}-fio"
         os.mkdir(where)
@@ -111,11 +125,12 @@ def measure(directory, namespace, pool, args, direct):
         run = functools.partial(run, depth=args.depth, direct=direct)
         methods["fio"] = {
             "put": functools.partial(run, "write", loops=1),
-            "get": functools.partial(run, "read", loops=loops["get"]),
+            "get": functools.partial(run, "read", loops=loops),
+            "get, cold": functools.partial(run, "read", loops=1),
         }
         turns = list(methods)[number % 3 :] + list(methods)[: number % 3]
-        for operation, method in itertools.product(("put", "get"), turns[:: -1 if number % 2 else 1]):
-            os.sync()
+        for operation, method in itertools.product(OPERATIONS[direct], turns[:: -1 if number % 2 else 1]):
+            forget(f"{directory}/{number}-{method}") if operation == "get, cold" else os.sync()
             measured.setdefault((operation, method), []).append(methods[method][operation]())
     return measured
 
@@ -143,7 +158,7 @@ def main():
             shutil.rmtree(directory)
             pool.close()
             os.sync()
-        for operation in ("put", "get"):
+        for operation in OPERATIONS[direct]:
             ours, bare, fios = (measured[operation, method] for method in ("FileStore", "Bare", "fio"))
             rows.append(
                 {
