@@ -1,6 +1,5 @@
 """A directory of page records in tests: stores of it, and what is in it."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +36,10 @@ def filled(num_records, seed=0, offset=0):
     return records
 
 
+def temporaries(home):
+    return list(Path(home).glob("tmp/*/*"))
+
+
 class Files:
     """A directory, stores of it, and what is in it."""
 
@@ -54,7 +57,7 @@ class Files:
         return sorted(path for path in self.home.glob("??/*"))
 
     def temporaries(self):
-        return os.listdir(self.home / "tmp")
+        return temporaries(self.home)
 
 
 def put(store, *numbers, seed=0):

@@ -114,7 +114,7 @@ def test_the_limit_holds_at_every_moment(files):
             with open(files.home / "usage") as usage:
                 fcntl.flock(usage, fcntl.LOCK_EX)  # nothing grows meanwhile
                 inodes = {}  # what has its name and still the one in tmp/ counts once
-                for paths in ((files.home / "tmp").iterdir(), files.records()):
+                for paths in (files.temporaries(), files.records()):
                     for file in paths:
                         with contextlib.suppress(FileNotFoundError):
                             inodes[file.stat().st_ino] = file.stat().st_size

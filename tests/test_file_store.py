@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
-from file_stores import RECORD_BYTES, Files, aligned, filled, get, has, path_of, put
+from file_stores import RECORD_BYTES, Files, aligned, filled, get, has, path_of, put, temporaries
 
 from jax_kvpool import HOST_LAYOUTS, PageSpec
 from jax_kvpool.stores import FileStore, Namespace, Outcome
@@ -74,9 +74,10 @@ def direct_calls(monkeypatch):
     """Whether each transfer was by O_DIRECT."""
     seen = []
 
-    def call(name, fd, *arguments):
-        seen.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
-        return CALLS[name](fd, *arguments)
+    def call(name, fd, buffers, offset, *flags):
+        if not flags:  # not the question whether it is in the page cache
+            seen.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+        return CALLS[name](fd, buffers, offset, *flags)
 
     for name in ("preadv", "pwritev"):
         monkeypatch.setattr(os, name, functools.partial(call, name))
@@ -178,12 +179,33 @@ def test_a_read_that_fails(files, store, monkeypatch, after):
 @pytest.mark.parametrize("direct", [True, False])
 def test_short_transfers_go_on(files, monkeypatch, step, direct):
     for name in ("preadv", "pwritev"):
-        monkeypatch.setattr(os, name, lambda fd, b, at, call=CALLS[name]: call(fd, [b[0][:step]], at))
+        monkeypatch.setattr(os, name, lambda fd, b, at, *flags, call=CALLS[name]: call(fd, [b[0][:step]], at, *flags))
     records, read = filled(2), aligned(2)
     with files.open(direct=direct) as store:
         assert outcomes(store.put(page_hashes(1, 2), records)) == [STORED] * 2
         assert outcomes(store.get(page_hashes(1, 2), read)) == [FOUND] * 2
     assert all((a == b).all() for a, b in zip(records, read, strict=True))
+
+
+@pytest.mark.parametrize(("direct", "is_cached", "num_at_once"), [(True, True, 4), (False, True, 1), (False, False, 4)])
+def test_how_many_records_are_read_at_once(files, monkeypatch, direct, is_cached, num_at_once):
+    """As many as the disk likes; from the page cache as many as there are CPUs."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    barrier, seen = threading.Barrier(num_at_once), []
+
+    def preadv(fd, buffers, offset, *flags):
+        if flags and not is_cached:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if not flags:
+            barrier.wait(timeout=30)
+            seen.append(threading.get_ident())
+        return CALLS["preadv"](fd, buffers, offset, *flags)
+
+    with files.open(direct=direct, depth=4) as store:
+        put(store, 1, 2, 3, 4)
+        monkeypatch.setattr(os, "preadv", preadv)
+        assert get(store, 1, 2, 3, 4) == [FOUND] * 4
+    assert len(set(seen)) == num_at_once and len(seen) == 4
 
 
 def test_a_file_that_shrinks_while_it_is_read(store, monkeypatch):
@@ -315,24 +337,26 @@ def test_other_files_stay(files, store):
         files.home / "ab" / "a file",
         files.home / "ab" / ("g" * 64),
         files.home / "tmp" / "a file",
+        files.home / "tmp" / "0" / "a file",
     ]
     for path in others:
         path.write_text("somebody's")
-    os.mkfifo(files.home / "tmp" / "a pipe")
+    pipe = files.home / "tmp" / "0" / ("0" * 32)
+    os.mkfifo(pipe)
     assert store.clear().outcome is REMOVED
     store.close()
     files.open(max_bytes=RECORD_BYTES).close()
     assert all(path.read_text() == "somebody's" for path in others)
-    assert (files.home / "tmp" / "a pipe").is_fifo()
+    assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("name", ["", "ab", "tmp"])
+@pytest.mark.parametrize("name", ["", "ab", "tmp", "tmp/0"])
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_directories_that_are_none(tmp_path, files, name, kind):
     other = tmp_path / "other"
     other.mkdir()
     path = files.home / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(other) if kind == "link" else path.touch()
     with pytest.raises(OSError, match=r"expected a directory|exists"):
         files.open()
@@ -385,7 +409,7 @@ def test_sync(files, monkeypatch):
 
 
 def test_only_what_nobody_writes_is_cleaned(files, store, monkeypatch):
-    dead = files.home / "tmp" / ("0" * 32)
+    dead = files.home / "tmp" / "0" / ("0" * 32)
     dead.write_bytes(bytes(100))
     write = os.pwritev
 
@@ -514,7 +538,7 @@ def test_two_processes(tmp_path, processes):
     assert [int(process.stdout.readline()) for process in both] == [0, 0]
     with FileStore(BIG, tmp_path) as store:
         assert len(list(Path(store.directory).glob("??/*"))) <= 24
-        assert not os.listdir(f"{store.directory}/tmp")
+        assert not temporaries(store.directory)
 
 
 def test_a_writer_that_dies_at_any_moment(tmp_path, processes):
@@ -527,10 +551,9 @@ def test_a_writer_that_dies_at_any_moment(tmp_path, processes):
         threading.Event().wait(0.005 + rng.random() * 0.04)
         os.kill(pid, signal.SIGKILL)
         assert os.WTERMSIG(int(process.stdout.readline())) == signal.SIGKILL
-        with contextlib.suppress(FileNotFoundError):
-            num_left += len(os.listdir(tmp_path / str(BIG) / "tmp"))
+        num_left += len(temporaries(tmp_path / str(BIG)))
         with FileStore(BIG, tmp_path) as store:
-            assert not os.listdir(f"{store.directory}/tmp")
+            assert not temporaries(store.directory)
             names = {path.name for path in Path(store.directory).glob("??/*")}
             results = store.get(page_hashes(*range(num_pages)), buffers)
             found = [number for number, result in enumerate(results) if result.outcome is FOUND]

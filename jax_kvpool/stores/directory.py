@@ -11,12 +11,13 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
-__all__ = ["OURS", "SUBDIRECTORIES", "Limit", "clean", "records", "sync_directory", "try_lock"]
+__all__ = ["OURS", "SUBDIRECTORIES", "TEMPORARY", "Limit", "clean", "records", "sync_directory", "try_lock"]
 
 SUBDIRECTORIES: Final = [f"{i:02x}" for i in range(256)]
+TEMPORARY: Final = [f"tmp/{i:x}" for i in range(16)]
 OURS: Final = os.O_NOFOLLOW | os.O_NONBLOCK
 """Flags to open files with: no link leads elsewhere, and a pipe does not block."""
 
@@ -27,7 +28,11 @@ _PATIENCE_S: Final = 10.0
 
 def records(directory: str) -> Iterator[os.DirEntry[str]]:
     """All files that are called as records are, whatever they are, except directories."""
-    for name in SUBDIRECTORIES:
+    return _files(directory, SUBDIRECTORIES)
+
+
+def _files(directory: str, subdirectories: Iterable[str]) -> Iterator[os.DirEntry[str]]:
+    for name in subdirectories:
         with contextlib.suppress(FileNotFoundError), os.scandir(f"{directory}/{name}") as entries:
             for entry in entries:
                 if _HASH.fullmatch(entry.name) and not entry.is_dir(follow_symlinks=False):
@@ -38,24 +43,23 @@ def clean(directory: str) -> dict[int, int]:
     """Removes what writers that died left in tmp/. Returns the bytes of each file, by its inode, that others are
     writing there."""
     sizes = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(f"{directory}/tmp") as entries:
-        for entry in entries:
-            try:
-                fd = os.open(entry.path, os.O_RDWR | OURS)
-            except OSError:  # done meanwhile, or no file of ours
+    for entry in _files(directory, TEMPORARY):
+        try:
+            fd = os.open(entry.path, os.O_RDWR | OURS)
+        except OSError:  # done meanwhile, or no file of ours
+            continue
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
                 continue
-            try:
-                status = os.fstat(fd)
-                if not _HASH.fullmatch(entry.name) or not stat.S_ISREG(status.st_mode):
-                    continue
-                if try_lock(fd):
-                    os.unlink(entry.path)
-                else:
-                    sizes[status.st_ino] = status.st_size
-            except FileNotFoundError:
-                pass
-            finally:
-                os.close(fd)
+            if try_lock(fd):
+                os.unlink(entry.path)
+            else:
+                sizes[status.st_ino] = status.st_size
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(fd)
     return sizes
 
 
