@@ -22,7 +22,7 @@ pytest.importorskip("xxhash", reason="page stores need xxhash")
 from file_stores import RECORD_BYTES, Files, aligned, filled, get, has, path_of, put, temporaries
 
 from jax_kvpool import HOST_LAYOUTS, PageSpec
-from jax_kvpool.stores import FileStore, Namespace, Outcome
+from jax_kvpool.stores import FileStore, Namespace, Outcome, file
 from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes
 
 STORED, EXISTS, FOUND, REMOVED, MISSING, FAILED = Outcome
@@ -187,20 +187,24 @@ def test_short_transfers_go_on(files, monkeypatch, step, direct):
     assert all((a == b).all() for a, b in zip(records, read, strict=True))
 
 
-@pytest.mark.parametrize(("direct", "is_cached", "num_at_once"), [(True, True, 4), (False, True, 1), (False, False, 4)])
+@pytest.mark.parametrize(
+    ("direct", "is_cached", "num_at_once"), [(True, True, 4), (False, True, 1), (False, False, 4), (False, None, 1)]
+)
 def test_how_many_records_are_read_at_once(files, monkeypatch, direct, is_cached, num_at_once):
-    """As many as the disk likes; from the page cache as many as there are CPUs."""
+    """As many as the disk likes; from the page cache, or if that is not known, as many as there are CPUs."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     barrier, seen = threading.Barrier(num_at_once), []
 
     def preadv(fd, buffers, offset, *flags):
-        if flags and not is_cached:
+        if flags and is_cached is False:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if not flags:
             barrier.wait(timeout=30)
             seen.append(threading.get_ident())
         return CALLS["preadv"](fd, buffers, offset, *flags)
 
+    if is_cached is None:
+        monkeypatch.setattr(file, "_NOWAIT", 0)
     with files.open(direct=direct, depth=4) as store:
         put(store, 1, 2, 3, 4)
         monkeypatch.setattr(os, "preadv", preadv)

@@ -53,6 +53,8 @@ __all__ = ["FileStore"]
 
 _Transfer = Callable[[int, Sequence[memoryview], int], int]
 
+_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)  # not in every build of Python
+
 
 class FileStore(PageStore):
     """Page records in a directory that processes may share, on a file system with hard links and `flock`.
@@ -198,13 +200,15 @@ class FileStore(PageStore):
             os.close(fd)
 
     def _is_cached(self, name: str) -> bool:
-        """Whether the record can be read without the disk. True if it cannot be read."""
+        """Whether the record can be read without the disk. True if it cannot be read, or if Python cannot ask."""
+        if not _NOWAIT:
+            return True
         try:
             fd = os.open(self._path(name), os.O_RDONLY | OURS)
         except OSError:
             return True
         try:
-            os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+            os.preadv(fd, [bytearray(1)], 0, _NOWAIT)
             return True
         except OSError:  # it would wait, or the file system cannot tell
             return False
