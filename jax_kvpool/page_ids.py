@@ -22,9 +22,10 @@ _MEMORY_BYTES: Final = 4 << 20
 
 
 def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -> jax.Array:
-    """The page ids as an int32 array in pinned memory of ours. With such `host_pages`, the copy engine moves the pages.
+    """The page ids as an int32 array in pinned memory of ours. With such ids the copy engine can move the pages.
 
-    It must know its addresses on the CPU for that. The ids are copied into a buffer of a small pinned memory, which is
+    It must know its addresses on the CPU for that: those in the host pool, and for a store, or to move slabs straight
+    beside a model, those in the device pool too. The ids are copied into a buffer of a small pinned memory, which is
     free again once the array is gone, so make one array a step and drop it. Pass it to the jitted step as an argument
     and use it as it is.
 
