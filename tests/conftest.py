@@ -39,7 +39,7 @@ def gpu():
     return gpus[0]
 
 
-MOVERS = ["kernel", "records", "slabs"]
+MOVERS = ["kernel", "spans", "slabs"]
 """Who moves the pages: a kernel, with ids in device memory, or with those of `host_ids` the copy engine, through
 staging or, beside a model, slab by slab."""
 

@@ -5,25 +5,19 @@ import errno
 import fcntl
 import functools
 import os
-import random
 import resource
-import signal
 import socket
 import subprocess
-import sys
 import threading
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
-from file_stores import RECORD_BYTES, Files, aligned, filled, get, has, path_of, put, temporaries
+from file_stores import RECORD_BYTES, Files, aligned, filled, get, has, path_of, put
 
-from jax_kvpool import HOST_LAYOUTS, PageSpec
-from jax_kvpool.stores import FileStore, Namespace, Outcome, file
-from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hash, page_hashes
+from jax_kvpool.stores import FileStore, Outcome, file
+from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hashes
 
 STORED, EXISTS, FOUND, REMOVED, MISSING, FAILED = Outcome
 
@@ -442,129 +436,3 @@ def test_who_cleans_may_be_faster_than_the_writer(files, store, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", overtaken)
     assert put(store, 1) == [STORED]
     assert get(store, 1) == [FOUND]
-
-
-# ---- processes ----
-
-BIG = Namespace(
-    PageSpec.uniform(16, num_layers=4, slabs={"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}),
-    HOST_LAYOUTS["page_first"],
-    "a model",
-)
-
-PROCESS = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_file_store as test
-
-for line in sys.stdin:  # a process for each line, all from one that has imported everything
-    work, *arguments = line.split()
-    if not (pid := os.fork()):
-        getattr(test, work)(sys.argv[2], *map(int, arguments))
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
-
-
-def big_record(number):
-    """Of a page: bytes by its number, and quickly made."""
-    record = aligned(1, BIG.record_bytes)[0]
-    record.view(np.uint64)[:] = np.arange(record.size // 8, dtype=np.uint64) * 2654435761 + number
-    return record
-
-
-def is_right(record, number):
-    return (record[:-128] == big_record(number)[:-128]).all()
-
-
-def put_for_ever(directory, seed, num_pages):
-    """In batches of 4, in random order."""
-    rng = random.Random(seed)
-    with FileStore(
-        BIG, directory, direct=bool(seed % 2), max_bytes=32 * BIG.record_bytes if seed % 4 < 2 else None
-    ) as store:
-        while True:
-            numbers = rng.sample(range(num_pages), 4)
-            store.put(page_hashes(*numbers), [big_record(number) for number in numbers])
-
-
-def put_and_get(directory, seed, num_pages):
-    rng = random.Random(seed)
-    with FileStore(BIG, directory, max_bytes=24 * BIG.record_bytes) as store:
-        for _ in range(60):
-            numbers = rng.sample(range(num_pages), 4)
-            records = [big_record(number) for number in numbers]
-            assert {r.outcome for r in store.put(page_hashes(*numbers), records)} <= {STORED, EXISTS}
-            numbers = rng.sample(range(num_pages), 4)
-            for number, record, result in zip(numbers, records, store.get(page_hashes(*numbers), records), strict=True):
-                assert result.outcome in (FOUND, MISSING)
-                assert result.outcome is MISSING or is_right(record, number)
-            if not rng.randrange(10):
-                store.remove(page_hashes(*numbers))
-        assert store.num_corrupt == store.num_failed == 0
-
-
-@pytest.fixture
-def processes(tmp_path):
-    """Starts processes that start processes: a line in is a call of a function of this module, in a new process."""
-    running = []
-
-    def start():
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROCESS, str(Path(__file__).parent), str(tmp_path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        running.append(process)
-        return process
-
-    yield start
-    for process in running:
-        process.stdin.close()
-        process.wait(20)
-        process.stdout.close()
-
-
-def call(process, line):
-    """Returns the new process's id."""
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
-
-
-def test_two_processes(tmp_path, processes):
-    both = [processes(), processes()]
-    for seed, process in enumerate(both):
-        call(process, f"put_and_get {seed} 40")
-    assert [int(process.stdout.readline()) for process in both] == [0, 0]
-    with FileStore(BIG, tmp_path) as store:
-        assert len(list(Path(store.directory).glob("??/*"))) <= 24
-        assert not temporaries(store.directory)
-
-
-def test_a_writer_that_dies_at_any_moment(tmp_path, processes):
-    """200 of them. What is there is right, nothing else is there, and what they were writing is removed."""
-    process, rng = processes(), random.Random(0)
-    num_pages, num_left, num_found = 48, 0, 0
-    buffers = aligned(num_pages, BIG.record_bytes)
-    for seed in range(200):
-        pid = call(process, f"put_for_ever {seed} {num_pages}")
-        threading.Event().wait(0.005 + rng.random() * 0.04)
-        os.kill(pid, signal.SIGKILL)
-        assert os.WTERMSIG(int(process.stdout.readline())) == signal.SIGKILL
-        num_left += len(temporaries(tmp_path / str(BIG)))
-        with FileStore(BIG, tmp_path) as store:
-            assert not temporaries(store.directory)
-            names = {path.name for path in Path(store.directory).glob("??/*")}
-            results = store.get(page_hashes(*range(num_pages)), buffers)
-            found = [number for number, result in enumerate(results) if result.outcome is FOUND]
-            assert set(outcomes(results)) <= {FOUND, MISSING} and store.num_corrupt == 0
-            assert names == {page_hash(number).hex() for number in found}
-            assert all(is_right(buffers[number], number) for number in found)
-            num_found += len(found)
-            if seed % 4 == 3:
-                assert store.clear().outcome is REMOVED
-    assert num_left > 20 and num_found > 200  # the moments were the interesting ones

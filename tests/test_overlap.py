@@ -106,7 +106,7 @@ def check(spec, layout, device, seed, mover="kernel", host_layout="page_first", 
             pairs.append((device_pages, host_pages))
         to_load, to_store = pairs
         ids = functools.partial(jax.device_put if mover == "kernel" else make_ids, device=device)
-        target = to_load[0] if mover == "records" else ids(to_load[0])
+        target = to_load[0] if mover == "spans" else ids(to_load[0])
         given = ((target, ids(to_load[1])), tuple(map(ids, to_store)))
         x, pool = step(x, pool, host, *given)
         want, twin = expected(want, twin, twin_host, *pairs)
@@ -127,7 +127,7 @@ def test_host_layouts(device, host_layout, mover):
     check(SPECS["gqa"], "per_layer", device, 1, mover, host_layout)
 
 
-@pytest.mark.parametrize("mover", ["records", "slabs"])
+@pytest.mark.parametrize("mover", ["spans", "slabs"])
 @pytest.mark.parametrize("num_stages", ["some", "one"])
 def test_with_the_sizes_of_real_pools(device, mover, num_stages):
     """Some layers a stage, or one stage of 160 slabs, which are more than one submission."""
@@ -137,7 +137,7 @@ def test_with_the_sizes_of_real_pools(device, mover, num_stages):
         check(spec, "per_layer", device, 2, mover)
 
 
-@pytest.mark.parametrize("mover", ["kernel", "records", "slabs"])
+@pytest.mark.parametrize("mover", ["kernel", "spans", "slabs"])
 def test_stages_that_are_moved_differently(device, mover):
     """Two layers as slabs, two through staging, two by a kernel, in turns; a load with device_pages in device memory
     moves no slabs."""
@@ -264,164 +264,6 @@ def test_inside_shard_map(num_shards, layout):
         device_pages, host_pages = (rng.permutation(n)[:5].astype(np.int32) for n in (DEVICE_PAGES, HOST_PAGES))
         x, pool = run(x, pool, host, device_pages, host_pages)
     assert not np.asarray(x).any()
-
-
-# ---- Is everything waited for? ----
-
-LARGE = PageSpec.uniform(64, 8, {"k": ((8, 64), "int32"), "v": ((8, 64), "int32")})  # 256 KB a page and layer
-PAGES = 24
-
-
-def content(version, layer, name):
-    """What is everywhere in a slab of a page of this version; the pages of a new pool are of version 0."""
-    return version * (1000 + 10 * layer + (name == "v"))
-
-
-class Versions:
-    """The versions of all pages: of each device pool, and of the host pool that they share."""
-
-    def __init__(self, num_pools):
-        self.rng = np.random.default_rng(0)
-        self.device = np.zeros((num_pools, PAGES), np.int32)
-        self.host = np.arange(1, 1 + num_pools * PAGES, dtype=np.int32)
-        self.newest = num_pools * PAGES
-
-    def turn(self, pool, num_loads, num_stores):
-        """Random pairs to load and to store, in host pages that are this pool's alone, and `(versions, new pages, new
-        versions)`: of all pages after the copies, and what the layers are to write then."""
-
-        def pairs(num):
-            device_pages, host_pages = (self.rng.permutation(PAGES)[:num].astype(np.int32) for _ in range(2))
-            device_pages[1:2] = -1  # skipped
-            return device_pages, host_pages + pool * PAGES
-
-        to_load, to_store = pairs(num_loads), pairs(num_stores)
-        versions = self.device[pool]
-        for device_page, host_page in zip(*to_store, strict=True):
-            if device_page >= 0:
-                self.host[host_page] = versions[device_page]
-        for device_page, host_page in zip(*to_load, strict=True):
-            if device_page >= 0:
-                versions[device_page] = self.host[host_page]
-        copied = versions.copy()
-        new_pages = self.rng.permutation(PAGES)[:8].astype(np.int32)
-        self.newest += 8
-        versions[new_pages] = self.newest - np.arange(8)
-        return to_load, to_store, (copied, new_pages, versions[new_pages])
-
-
-def wrong_slabs(
-    device, num_steps, layout, host_layout="page_first", on_host=False, pairs=((16, 16),), num_pools=1, matmuls=(0, 0)
-):
-    """Runs steps that load and store random pages, some MB a layer, with no wait between them: `pairs`, in turn, says
-    how many. A layer compares all its pages with what they must hold by then, and writes some, also of those that are
-    stored in this step. Returns how many slabs were wrong when they were read, or are in the host pool at the end.
-
-    With several device pools, a step has as many `run_layers`, over one host pool.
-    """
-    pools = [DevicePool.create(LARGE, PAGES, layout, device=device) for _ in range(num_pools)]
-    host = HostPool.create(LARGE, num_pools * PAGES, host_layout, device=device)
-    versions = Versions(num_pools)
-    for page, version in enumerate(versions.host):
-        for (name, layer), slab in host.view(page, writable=True).items():
-            slab[...] = content(version, layer, name)
-
-    def slow(y, num):
-        for _ in range(num):
-            y = y @ y
-        return y
-
-    def apply_layer(written, layer, x, kv):
-        wrong, y = x
-        versions, new_pages, new_versions = written
-        at = (layer,) if layout == "stacked" else ()
-        for name, array in kv.items():
-            is_wrong = array[at] != content(versions, layer, name)[:, None, None, None]
-            wrong += jnp.sum(jnp.any(is_wrong, axis=(1, 2, 3)))
-        y = slow(y, matmuls[1])
-        # `wrong` is to be 0; as a part of what is written it makes this come after everything is read.
-        new = {name: content(new_versions + wrong, layer, name)[:, None, None, None] for name in kv}
-        return (wrong, y), {name: array.at[(*at, new_pages)].set(new[name]) for name, array in kv.items()}
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(xs, pools, host, turns):
-        done = []
-        for (wrong, y), pool, (to_load, to_store, written) in zip(xs, pools, turns, strict=True):
-            x, layers = (wrong, slow(y, matmuls[0])), functools.partial(apply_layer, written)
-            done.append(run_layers(layers, x, pool, host, load=to_load, store=to_store))
-        return [x for x, _ in done], [pool for _, pool in done]
-
-    eye = np.eye(4096 if device.platform == "gpu" else 64, dtype=np.float32)
-    xs = [jax.device_put((np.int32(0), eye), device) for _ in pools]
-    ids = functools.partial(host_ids, device=device) if on_host else np.asarray
-    for i in range(num_steps):
-        turns = [versions.turn(pool, *pairs[i % len(pairs)]) for pool in range(num_pools)]
-        turns = [(*jax.tree.map(ids, copies), written) for *copies, written in turns]
-        xs, pools = step(xs, pools, host, turns)
-    jax.block_until_ready((xs, pools))
-    in_host = [
-        (slab == content(version, layer, name)).all()
-        for page, version in enumerate(versions.host)
-        for (name, layer), slab in host.view(page).items()
-    ]
-    return in_host.count(False) + sum(int(wrong) + int((np.asarray(y) != eye).any()) for wrong, y in xs)
-
-
-@pytest.mark.parametrize(
-    ("layout", "host_layout"),
-    [
-        ("per_layer", "page_first"),
-        ("stacked", "page_first"),
-        ("stacked", "page_first_kv"),
-        ("per_layer", "page_first_direct"),
-        ("per_layer", "token_first"),
-        ("stacked", "page_head"),
-        ("per_layer", "layer_first"),
-    ],
-)
-def test_steps_in_flight(device, layout, host_layout, mover_of_layers):
-    """10,500 steps on a GPU."""
-    num_steps = 4 if device.platform == "cpu" else 1000 if host_layout == "page_first" else 300
-    assert wrong_slabs(device, num_steps, layout, host_layout, mover_of_layers != "kernel") == 0
-
-
-@pytest.mark.parametrize("num_pools", [1, 2])
-def test_two_programs_in_flight(device, num_pools, mover_of_layers):
-    """By turns, with a slow model: the copies of one are submitted while the other runs. With two pools each program
-    has two `run_layers`."""
-    num_steps, pairs = 50 if device.platform == "gpu" else 4, [(16, 8), (3, 20)]
-    on_host = mover_of_layers != "kernel"
-    assert wrong_slabs(device, num_steps, "per_layer", "page_first", on_host, pairs, num_pools, matmuls=(4, 1)) == 0
-
-
-@pytest.mark.parametrize(
-    ("pairs", "mover_of_layers"),
-    [((16, 0), "kernel"), ((16, 0), "records"), ((16, 0), "slabs"), ((0, 16), "kernel"), ((0, 16), "slabs")],
-    indirect=["mover_of_layers"],
-)
-@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
-def test_a_wait_too_few_is_seen(gpu, monkeypatch, layout, pairs, mover_of_layers):
-    """The mutant: layers wait for the stage before theirs, so they read what is not yet loaded, or write over what is
-    not yet stored. (What is stored through staging has left their pages by then. The GEMMs let the CPU get ahead.)"""
-    start = overlap._start
-
-    def mutant(attributes, *args):
-        stages = attributes["wait_stages"]
-        return start(attributes | {"wait_stages": np.array([0, *stages[:-2], stages[-1]])}, *args)
-
-    monkeypatch.setattr(overlap, "_start", mutant)
-    assert wrong_slabs(gpu, 3, layout, on_host=mover_of_layers != "kernel", pairs=[pairs], matmuls=(4, 0)) > 0
-
-
-@pytest.mark.usefixtures("mover_of_layers")
-@pytest.mark.parametrize("mover_of_layers", ["records"], indirect=True)
-@pytest.mark.parametrize("pairs", [(16, 0), (0, 16)], ids=["load", "store"])
-@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
-def test_staging_that_is_freed_early_is_seen(gpu, monkeypatch, layout, pairs):
-    """The mutant: the end does not keep staging and page ids alive, and XLA computes the model's GEMMs in them."""
-    finish = overlap._finish
-    monkeypatch.setattr(overlap, "_finish", lambda *args: finish(*args[:-1], ()))
-    assert wrong_slabs(gpu, 3, layout, on_host=True, pairs=[pairs], matmuls=(4, 1)) > 0
 
 
 def test_a_wait_for_another_array_is_refused(gpu, monkeypatch):

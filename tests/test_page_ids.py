@@ -45,7 +45,7 @@ NUM_PAGES, PAIRS = (23, 19), 15
 
 
 def by_engine(test):
-    return pytest.mark.usefixtures("mover")(pytest.mark.parametrize("mover", ["records"], indirect=True)(test))
+    return pytest.mark.usefixtures("mover")(pytest.mark.parametrize("mover", ["spans"], indirect=True)(test))
 
 
 def check(spec, device_name, host_name, device, rng, layer=None, make_ids=host_ids, device_ids=(False, True)):
