@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_kvpool import HOST_LAYOUTS, PageSpec
-from jax_kvpool.stores import FileStore, Namespace
+from jax_kvpool.stores import FileStore, Namespace, file
 from jax_kvpool.testing.stores import page_hash, page_hashes
 
 NAMESPACE = Namespace(
@@ -44,8 +44,8 @@ class Files:
     """A directory, stores of it, and what is in it."""
 
     def __init__(self, directory):
-        self.directory = directory
-        self.home = directory / str(NAMESPACE)
+        self.directory = Path(directory)
+        self.home = self.directory / str(NAMESPACE)
 
     def open(self, **arguments):
         return FileStore(NAMESPACE, self.directory, **arguments)
@@ -70,3 +70,16 @@ def get(store, *numbers):
 
 def has(store, *numbers):
     return [result.is_hit for result in store.contains(page_hashes(*numbers))]
+
+
+def before_the_next_write(monkeypatch, call):
+    """Calls it once, when the file of the next record that a store puts is there and empty."""
+
+    class Queue(file.FileQueue):
+        def write(self, *arguments, **options):
+            if calls:
+                calls.pop()()
+            super().write(*arguments, **options)
+
+    calls = [call]
+    monkeypatch.setattr(file, "FileQueue", Queue)

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
-from file_stores import NAMESPACE, RECORD_BYTES, Files, filled, get, has, put
+from file_stores import NAMESPACE, RECORD_BYTES, Files, before_the_next_write, filled, get, has, put
 
 from jax_kvpool.stores import FileStore, Namespace, Outcome, directory
 from jax_kvpool.testing.stores import outcomes, page_hashes
@@ -57,16 +57,15 @@ def test_a_batch_larger_than_the_limit(files):
 
 
 def test_a_record_that_gets_its_name_during_a_scan_counts_once(files, monkeypatch):
-    write, clean = os.pwritev, directory.clean
+    clean = directory.clean
     is_writing, may_go_on = threading.Event(), threading.Event()
     with files.open(max_bytes=3 * RECORD_BYTES) as slow, files.open(max_bytes=3 * RECORD_BYTES) as scanning:
-        monkeypatch.setattr(os, "pwritev", lambda *a: (is_writing.set(), may_go_on.wait(20), write(*a))[2])
+        before_the_next_write(monkeypatch, lambda: (is_writing.set(), may_go_on.wait(20)))
         putting = slow.submit(put, slow, 1)
         assert is_writing.wait(20)
 
         def named_meanwhile(path):
             found = clean(path)
-            monkeypatch.setattr(os, "pwritev", write)
             may_go_on.set()
             assert putting.result(20) == [STORED]
             return found

@@ -3,14 +3,12 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import numpy as np
-import pytest
 from file_stores import aligned, temporaries
+from forks import process_of, start, status
 
 from jax_kvpool import HOST_LAYOUTS, PageSpec
 from jax_kvpool.stores import FileStore, Namespace, Outcome
@@ -23,21 +21,6 @@ BIG = Namespace(
     HOST_LAYOUTS["page_first"],
     "a model",
 )
-
-PROCESS = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_file_processes as test
-
-for line in sys.stdin:  # a process for each line, all from one that has imported everything
-    work, *arguments = line.split()
-    if not (pid := os.fork()):
-        getattr(test, work)(sys.argv[2], *map(int, arguments))
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
 
 
 def big_record(number):
@@ -78,65 +61,37 @@ def put_and_get(directory, seed, num_pages):
         assert store.num_corrupt == store.num_failed == 0
 
 
-@pytest.fixture
-def processes(tmp_path):
-    """Starts processes that start processes: a line in is a call of a function of this module, in a new process."""
-    running = []
-
-    def start():
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROCESS, str(Path(__file__).parent), str(tmp_path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        running.append(process)
-        return process
-
-    yield start
-    for process in running:
-        process.stdin.close()
-        process.wait(20)
-        process.stdout.close()
-
-
-def call(process, line):
-    """Returns the new process's id."""
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
-
-
-def test_two_processes(tmp_path, processes):
-    both = [processes(), processes()]
-    for seed, process in enumerate(both):
-        call(process, f"put_and_get {seed} 40")
-    assert [int(process.stdout.readline()) for process in both] == [0, 0]
+def test_two_processes(tmp_path):
+    with process_of("test_file_processes") as one, process_of("test_file_processes") as other:
+        for seed, process in enumerate((one, other)):
+            start(process, "put_and_get", tmp_path, seed, 40)
+        assert [status(process) for process in (one, other)] == [0, 0]
     with FileStore(BIG, tmp_path) as store:
         assert len(list(Path(store.directory).glob("??/*"))) <= 24
         assert not temporaries(store.directory)
 
 
-def test_a_writer_that_dies_at_any_moment(tmp_path, processes):
+def test_a_writer_that_dies_at_any_moment(tmp_path):
     """200 of them. What is there is right, nothing else is there, and what they were writing is removed."""
-    process, rng = processes(), random.Random(0)
+    rng = random.Random(0)
     num_pages, num_left, num_found = 48, 0, 0
     buffers = aligned(num_pages, BIG.record_bytes)
-    for seed in range(200):
-        pid = call(process, f"put_for_ever {seed} {num_pages}")
-        threading.Event().wait(0.005 + rng.random() * 0.04)
-        os.kill(pid, signal.SIGKILL)
-        assert os.WTERMSIG(int(process.stdout.readline())) == signal.SIGKILL
-        num_left += len(temporaries(tmp_path / str(BIG)))
-        with FileStore(BIG, tmp_path) as store:
-            assert not temporaries(store.directory)
-            names = {path.name for path in Path(store.directory).glob("??/*")}
-            results = store.get(page_hashes(*range(num_pages)), buffers)
-            found = [number for number, result in enumerate(results) if result.outcome is FOUND]
-            assert set(outcomes(results)) <= {FOUND, MISSING} and store.num_corrupt == 0
-            assert names == {page_hash(number).hex() for number in found}
-            assert all(is_right(buffers[number], number) for number in found)
-            num_found += len(found)
-            if seed % 4 == 3:
-                assert store.clear().outcome is REMOVED
+    with process_of("test_file_processes") as process:
+        for seed in range(200):
+            pid = start(process, "put_for_ever", tmp_path, seed, num_pages)
+            threading.Event().wait(0.005 + rng.random() * 0.04)
+            os.kill(pid, signal.SIGKILL)
+            assert os.WTERMSIG(status(process)) == signal.SIGKILL
+            num_left += len(temporaries(tmp_path / str(BIG)))
+            with FileStore(BIG, tmp_path) as store:
+                assert not temporaries(store.directory)
+                names = {path.name for path in Path(store.directory).glob("??/*")}
+                results = store.get(page_hashes(*range(num_pages)), buffers)
+                found = [number for number, result in enumerate(results) if result.outcome is FOUND]
+                assert set(outcomes(results)) <= {FOUND, MISSING} and store.num_corrupt == 0
+                assert names == {page_hash(number).hex() for number in found}
+                assert all(is_right(buffers[number], number) for number in found)
+                num_found += len(found)
+                if seed % 4 == 3:
+                    assert store.clear().outcome is REMOVED
     assert num_left > 20 and num_found > 200  # the moments were the interesting ones

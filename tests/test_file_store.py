@@ -1,22 +1,20 @@
-"""FileStore: what a store must do, and files: what is not a record, errors of I/O, processes that die."""
+"""FileStore: what a store must do, what is not a record, and what others do meanwhile."""
 
 import contextlib
-import errno
-import fcntl
 import functools
 import os
 import resource
+import shutil
 import socket
 import subprocess
-import threading
 
 import pytest
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
-from file_stores import RECORD_BYTES, Files, aligned, filled, get, has, path_of, put
+from file_stores import RECORD_BYTES, Files, aligned, before_the_next_write, filled, get, has, path_of, put
 
-from jax_kvpool.stores import FileStore, Outcome, file
+from jax_kvpool.stores import FileStore, Outcome
 from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hashes
 
 STORED, EXISTS, FOUND, REMOVED, MISSING, FAILED = Outcome
@@ -57,176 +55,6 @@ def test_arguments(files):
             files.open(**arguments)
 
 
-# ---- O_DIRECT ----
-
-
-CALLS = {name: getattr(os, name) for name in ("preadv", "pwritev", "fsync", "link")}
-
-
-@pytest.fixture
-def direct_calls(monkeypatch):
-    """Whether each transfer was by O_DIRECT."""
-    seen = []
-
-    def call(name, fd, buffers, offset, *flags):
-        if not flags:  # not the question whether it is in the page cache
-            seen.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
-        return CALLS[name](fd, buffers, offset, *flags)
-
-    for name in ("preadv", "pwritev"):
-        monkeypatch.setattr(os, name, functools.partial(call, name))
-    return seen
-
-
-def refuses_direct(directory):
-    path = directory / "probe"
-    path.touch()
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
-    except OSError:
-        return True
-    return False
-
-
-@pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize("offset", [0, 1, 512])
-def test_direct_where_buffers_are_aligned(tmp_path, files, direct_calls, direct, offset):
-    if direct and refuses_direct(tmp_path):
-        pytest.skip(f"{tmp_path} is on a file system that refuses O_DIRECT")
-    records, read = filled(3, offset=offset), aligned(3, offset=offset)
-    with files.open(direct=direct) as store:
-        assert outcomes(store.put(page_hashes(1, 2, 3), records)) == [STORED] * 3
-        assert outcomes(store.get(page_hashes(1, 2, 3), read)) == [FOUND] * 3
-    assert all((a == b).all() for a, b in zip(records, read, strict=True))
-    assert direct_calls == [direct and offset == 0] * 6
-
-
-@pytest.mark.parametrize("refused", ["flag", "transfer"])
-def test_refused_direct_is_buffered(files, monkeypatch, caplog, refused):
-    flag = fcntl.fcntl
-
-    def refuse_flag(fd, command, argument=0):
-        if argument & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return flag(fd, command, argument)
-
-    def refuse(name, fd, *arguments):
-        if flag(fd, fcntl.F_GETFL) & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return CALLS[name](fd, *arguments)
-
-    if refused == "flag":
-        monkeypatch.setattr(fcntl, "fcntl", refuse_flag)
-    else:
-        for name in ("preadv", "pwritev"):
-            monkeypatch.setattr(os, name, functools.partial(refuse, name))
-    with files.open() as store:
-        assert put(store, 1, 2) == [STORED] * 2
-        assert get(store, 1, 2) == [FOUND] * 2
-    assert len([r for r in caplog.records if "O_DIRECT" in r.message]) == 1
-
-
-# ---- errors of I/O ----
-
-
-def failing(call, number, after=0, skip=0):
-    """`call`, but it fails with this errno after some bytes of a file, for all but the first `skip` transfers."""
-    count = iter(range(10**9))
-
-    def wrapped(fd, buffers, offset):
-        if offset == 0 and next(count) < skip:
-            return call(fd, buffers, offset)
-        if offset >= after:
-            raise OSError(number, os.strerror(number))
-        return call(fd, [buffers[0][: after - offset]], offset)
-
-    return wrapped
-
-
-@pytest.mark.parametrize("after", [0, 1000, 4096])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-@pytest.mark.parametrize("max_bytes", [None, 4 * RECORD_BYTES])
-def test_a_write_that_fails_leaves_nothing(files, monkeypatch, number, after, max_bytes):
-    with files.open(max_bytes=max_bytes, depth=1) as store:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "pwritev", failing(os.pwritev, number, after, skip=1))
-            results = store.put(page_hashes(1, 2, 3), filled(3))
-        assert outcomes(results) == [STORED, FAILED, FAILED]
-        assert all(errno.errorcode[number] in result.reason for result in results[1:])
-        assert files.records() == [files.path(1)] and not files.temporaries()
-        assert store.num_failed == 2
-        assert put(store, 1, 2, 3, 4) == [EXISTS, STORED, STORED, STORED]  # the limit too has its room back
-        assert has(store, 1, 2, 3, 4) == [True] * 4
-
-
-@pytest.mark.parametrize("after", [0, 1000, 4096])
-def test_a_read_that_fails(files, store, monkeypatch, after):
-    put(store, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", failing(os.preadv, errno.EIO, after))
-        (result,) = store.get(page_hashes(1), aligned(1))
-    assert result.outcome is FAILED and "EIO" in result.reason
-    assert get(store, 1) == [FOUND]
-
-
-@pytest.mark.parametrize("step", [1000, 4096])
-@pytest.mark.parametrize("direct", [True, False])
-def test_short_transfers_go_on(files, monkeypatch, step, direct):
-    for name in ("preadv", "pwritev"):
-        monkeypatch.setattr(os, name, lambda fd, b, at, *flags, call=CALLS[name]: call(fd, [b[0][:step]], at, *flags))
-    records, read = filled(2), aligned(2)
-    with files.open(direct=direct) as store:
-        assert outcomes(store.put(page_hashes(1, 2), records)) == [STORED] * 2
-        assert outcomes(store.get(page_hashes(1, 2), read)) == [FOUND] * 2
-    assert all((a == b).all() for a, b in zip(records, read, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("direct", "is_cached", "num_at_once"), [(True, True, 4), (False, True, 1), (False, False, 4), (False, None, 1)]
-)
-def test_how_many_records_are_read_at_once(files, monkeypatch, direct, is_cached, num_at_once):
-    """As many as the disk likes; from the page cache, or if that is not known, as many as there are CPUs."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    barrier, seen = threading.Barrier(num_at_once), []
-
-    def preadv(fd, buffers, offset, *flags):
-        if flags and is_cached is False:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        if not flags:
-            barrier.wait(timeout=30)
-            seen.append(threading.get_ident())
-        return CALLS["preadv"](fd, buffers, offset, *flags)
-
-    if is_cached is None:
-        monkeypatch.setattr(file, "_NOWAIT", 0)
-    with files.open(direct=direct, depth=4) as store:
-        put(store, 1, 2, 3, 4)
-        monkeypatch.setattr(os, "preadv", preadv)
-        assert get(store, 1, 2, 3, 4) == [FOUND] * 4
-    assert len(set(seen)) == num_at_once and len(seen) == 4
-
-
-def test_a_file_that_shrinks_while_it_is_read(store, monkeypatch):
-    put(store, 1)
-    monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    assert get(store, 1) == [FAILED]
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EROFS])
-def test_files_that_cannot_be_opened(files, store, monkeypatch, number):
-    put(store, 1)
-
-    def refuse(path, *_, **__):
-        raise OSError(number, os.strerror(number), path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refuse)
-        results = [*store.get(page_hashes(1), aligned(1)), *store.put(page_hashes(2), filled(1))]
-    assert outcomes(results) == [FAILED] * 2
-    assert all(errno.errorcode[number] in result.reason for result in results)
-    assert get(store, 1, 2) == [FOUND, MISSING]
-
-
 def test_too_many_open_files(files, store):
     put(store, *range(8))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -240,29 +68,6 @@ def test_too_many_open_files(files, store):
     assert outcomes(results) == [FAILED] * 9 and "EMFILE" in results[0].reason
     assert get(store, *range(8)) == [FOUND] * 8
     assert put(store, 9) == [STORED]
-
-
-def test_an_interrupt_waits_for_the_other_threads(files, monkeypatch):
-    """They have the caller's buffers."""
-    main, running, write = threading.get_ident(), [], os.pwritev
-    others = threading.Event()
-
-    def interrupted(fd, buffers, offset):
-        if threading.get_ident() == main:
-            assert others.wait(20)
-            raise KeyboardInterrupt
-        running.append(1)
-        others.set()
-        threading.Event().wait(0.2)
-        write(fd, buffers, offset)
-        running.pop()
-        return len(buffers[0])
-
-    with files.open(depth=2) as store:
-        monkeypatch.setattr(os, "pwritev", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            store.put(page_hashes(*range(100)), filled(100))
-        assert not running and len(files.records()) <= 2 and not files.temporaries()
 
 
 # ---- what is not a record ----
@@ -378,61 +183,46 @@ def test_removed_directories_are_made_again(files):
 def test_who_links_first_wins(files, store, monkeypatch):
     """Another process links the same page while this one writes it."""
     first = filled(1, seed=1)
-    write = os.pwritev
 
-    def overtaken(*arguments):
-        monkeypatch.setattr(os, "pwritev", write)
+    def overtake():
         with files.open() as other:
             assert outcomes(other.put(page_hashes(1), first)) == [STORED]
-        return write(*arguments)
 
-    monkeypatch.setattr(os, "pwritev", overtaken)
+    before_the_next_write(monkeypatch, overtake)
     assert put(store, 1, seed=2) == [EXISTS]
     read = aligned(1)
     assert outcomes(store.get(page_hashes(1), read)) == [FOUND]
     assert (read[0] == first[0]).all() and not files.temporaries()
 
 
-def test_sync(files, monkeypatch):
-    order = []
-    for name in ("fsync", "link"):
-        monkeypatch.setattr(os, name, lambda *a, name=name: (order.append(name), CALLS[name](*a))[1])
-    with files.open(sync=True) as store:
-        put(store, 1)
-    assert order == ["fsync", "link", "fsync"]
-    order.clear()
-    with files.open() as store:
-        put(store, 2)
-    assert order == ["link"]
+@pytest.mark.parametrize("max_bytes", [None, 4 * RECORD_BYTES])
+@pytest.mark.parametrize("kind", ["a file", "a link", "no directory", "no directories"])
+def test_what_is_in_the_way_when_a_record_gets_its_name(files, monkeypatch, kind, max_bytes):
+    def interfere():
+        if kind == "a file":
+            files.path(1).write_bytes(b"short")
+        elif kind == "a link":
+            files.path(1).symlink_to("nothing")
+        else:
+            shutil.rmtree(files.path(1).parent if kind == "no directory" else files.home)
+
+    with files.open(max_bytes=max_bytes) as store:
+        before_the_next_write(monkeypatch, interfere)
+        assert put(store, 1) == [STORED]
+        assert get(store, 1) == [FOUND]
+        assert put(store, 2, 3, 4, 5).count(STORED) == 4
+    assert not files.temporaries()
 
 
 def test_only_what_nobody_writes_is_cleaned(files, store, monkeypatch):
     dead = files.home / "tmp" / "0" / ("0" * 32)
     dead.write_bytes(bytes(100))
-    write = os.pwritev
 
-    def opened_meanwhile(*arguments):
-        monkeypatch.setattr(os, "pwritev", write)
+    def open_another():
         files.open().close()
         assert len(files.temporaries()) == 1 and not dead.exists()
         assert store.clear().outcome is REMOVED
-        return write(*arguments)
 
-    monkeypatch.setattr(os, "pwritev", opened_meanwhile)
+    before_the_next_write(monkeypatch, open_another)
     assert put(store, 1) == [STORED]
     assert get(store, 1) == [FOUND] and not files.temporaries()
-
-
-def test_who_cleans_may_be_faster_than_the_writer(files, store, monkeypatch):
-    """Between the making of a file in tmp/ and its lock."""
-    lock = fcntl.flock
-
-    def overtaken(fd, operation):
-        monkeypatch.setattr(fcntl, "flock", lock)
-        files.open().close()
-        assert not files.temporaries()
-        return lock(fd, operation)
-
-    monkeypatch.setattr(fcntl, "flock", overtaken)
-    assert put(store, 1) == [STORED]
-    assert get(store, 1) == [FOUND]

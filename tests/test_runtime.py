@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import jax_kvpool
-from jax_kvpool import _runtime
+from jax_kvpool import _cpu, _files, _runtime
 
 
 def run(code):
@@ -47,9 +47,10 @@ def test_exported_names():
 
 def test_typed():
     assert (Path(jax_kvpool.__file__).parent / "py.typed").exists()
-    stub = Path(jax_kvpool._cpu.__file__).parent / "_cpu.pyi"
-    names = {name for name in vars(jax_kvpool._cpu) if not name.startswith("_")}
-    assert all(re.search(rf"\b{name}\b", stub.read_text()) for name in names)
+    for module in (_cpu, _files):
+        stub = Path(module.__file__).parent / f"{module.__name__.rpartition('.')[2]}.pyi"
+        names = {name for name in vars(module) if not name.startswith("_")}
+        assert all(re.search(rf"\b{name}\b", stub.read_text()) for name in names)
 
 
 def test_memory_alive_at_exit_is_left_to_the_system():

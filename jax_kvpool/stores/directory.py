@@ -11,24 +11,87 @@ import stat
 import struct
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-__all__ = ["OURS", "SUBDIRECTORIES", "TEMPORARY", "Limit", "clean", "records", "sync_directory", "try_lock"]
+from jax_kvpool._files import OpenFile
 
-SUBDIRECTORIES: Final = [f"{i:02x}" for i in range(256)]
-TEMPORARY: Final = [f"tmp/{i:x}" for i in range(16)]
-OURS: Final = os.O_NOFOLLOW | os.O_NONBLOCK
-"""Flags to open files with: no link leads elsewhere, and a pipe does not block."""
+__all__ = ["Directory"]
 
+NOT_REGULAR: Final = "not a regular file"
+_SUBDIRECTORIES: Final = [f"{i:02x}" for i in range(256)]
+_TEMPORARY: Final = [f"tmp/{i:x}" for i in range(16)]
+_OURS: Final = os.O_NOFOLLOW | os.O_NONBLOCK  # no link leads elsewhere, and a pipe does not block
 _HASH: Final = re.compile(r"[0-9a-f]{32,64}")
 _USAGE: Final = struct.Struct("<q")
 _PATIENCE_S: Final = 10.0
 
 
+class Directory:
+    """What lies where in a namespace's directory, and how it gets there and away. `OSError` where that fails."""
+
+    def __init__(self, path: str, record_bytes: int, max_bytes: int | None) -> None:
+        self.path: Final = path
+        self.limit: Final = None if max_bytes is None else Limit(path, record_bytes, max_bytes)
+        self._record_bytes = record_bytes
+        self.make()
+        clean(path)
+
+    def make(self) -> None:
+        """Makes all directories that are not there."""
+        for path in (self.path, *(f"{self.path}/{name}" for name in ("tmp", *_TEMPORARY, *_SUBDIRECTORIES))):
+            os.makedirs(path, 0o700, exist_ok=True)
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, "expected a directory, not a link", path)
+
+    def path_of(self, name: str) -> str:
+        """Of a record."""
+        page_hash = name.rpartition("-")[2]
+        return f"{self.path}/{page_hash[-2:]}/{page_hash}"
+
+    def new_temporary(self, name: str) -> str:
+        """A path in tmp/ that nobody has."""
+        return f"{self.path}/tmp/{name[-1]}/{uuid.uuid4().hex}"
+
+    def fault(self, num_bytes: int) -> str:
+        """What is wrong with a file of that length, -1 if it is not a regular one; nothing if it may be a record."""
+        if num_bytes < 0:
+            return NOT_REGULAR
+        return "" if num_bytes == self._record_bytes else f"{num_bytes} bytes instead of {self._record_bytes}"
+
+    def make_way(self, path: str) -> None:
+        """Removes what has a record's path and is none."""
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(path)
+            if self.fault(status.st_size if stat.S_ISREG(status.st_mode) else -1):
+                self.unlink(path)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path) if self.limit is None else self.limit.unlink(path)
+
+    def discard(self, file: OpenFile | None, temporary: str) -> None:
+        """Removes a file, if it is there, from tmp/, and then closes it, since its lock ends with that."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                self.unlink(temporary)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            if file:
+                file.close()
+
+    def clear(self) -> None:
+        """Removes all records, and what writers that died left behind."""
+        for entry in records(self.path):
+            with contextlib.suppress(FileNotFoundError):
+                self.unlink(entry.path)
+        clean(self.path)
+
+
 def records(directory: str) -> Iterator[os.DirEntry[str]]:
     """All files that are called as records are, whatever they are, except directories."""
-    return _files(directory, SUBDIRECTORIES)
+    return _files(directory, _SUBDIRECTORIES)
 
 
 def _files(directory: str, subdirectories: Iterable[str]) -> Iterator[os.DirEntry[str]]:
@@ -43,16 +106,16 @@ def clean(directory: str) -> dict[int, int]:
     """Removes what writers that died left in tmp/. Returns the bytes of each file, by its inode, that others are
     writing there."""
     sizes = {}
-    for entry in _files(directory, TEMPORARY):
+    for entry in _files(directory, _TEMPORARY):
         try:
-            fd = os.open(entry.path, os.O_RDWR | OURS)
+            fd = os.open(entry.path, os.O_RDWR | _OURS)
         except OSError:  # done meanwhile, or no file of ours
             continue
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 continue
-            if try_lock(fd):
+            if _try_lock(fd):
                 os.unlink(entry.path)
             else:
                 sizes[status.st_ino] = status.st_size
@@ -63,20 +126,12 @@ def clean(directory: str) -> dict[int, int]:
     return sizes
 
 
-def try_lock(fd: int) -> bool:
+def _try_lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
-
-
-def sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Limit:
@@ -153,9 +208,9 @@ class Limit:
         if not self._mutex.acquire(timeout=_PATIENCE_S):
             raise OSError(errno.ETIMEDOUT, "another thread holds the lock of the directory")
         try:
-            fd = os.open(f"{self._directory}/usage", os.O_RDWR | os.O_CREAT | OURS, 0o600)
+            fd = os.open(f"{self._directory}/usage", os.O_RDWR | os.O_CREAT | _OURS, 0o600)
             try:
-                while not try_lock(fd):
+                while not _try_lock(fd):
                     if time.monotonic() > deadline:
                         raise OSError(errno.ETIMEDOUT, "another process holds the lock of the directory")
                     time.sleep(1e-4)

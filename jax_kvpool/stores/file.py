@@ -24,42 +24,25 @@ threads.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
-import contextlib
 import errno
-import fcntl
+import itertools
 import os
-import stat
-import threading
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
-from jax_kvpool.layout import RECORD_ALIGNMENT
+from jax_kvpool._files import Done, FileQueue, OpenFile, is_cached
 from jax_kvpool.stores.base import Buffer, Namespace, Outcome, PageStore, Result
-from jax_kvpool.stores.directory import (
-    OURS,
-    SUBDIRECTORIES,
-    TEMPORARY,
-    Limit,
-    clean,
-    records,
-    sync_directory,
-    try_lock,
-)
+from jax_kvpool.stores.directory import NOT_REGULAR, Directory
 
 __all__ = ["FileStore"]
 
-_Transfer = Callable[[int, Sequence[memoryview], int], int]
-
-_NOWAIT: Final[int] = getattr(os, "RWF_NOWAIT", 0)  # not in every build of Python
+_MAX_TRIES: Final = 3  # where others remove meanwhile what is needed
 
 
 class FileStore(PageStore):
     """Page records in a directory that processes may share, on a file system with hard links and `flock`.
 
-    Bytes go straight between the files and the caller's records (`preadv`, `pwritev`), by several threads, with
+    Bytes go straight between the files and the caller's records, by several threads (csrc/file_queue.h), with
     O_DIRECT past the page cache where buffers are aligned as records of a `HostPool` are and the file system allows it.
     A full disk, missing rights or too many open files are `FAILED` results and leave nothing behind. The system's calls
     for I/O have no deadlines; what the store itself waits for, others that evict, it waits for 10 seconds.
@@ -106,253 +89,192 @@ class FileStore(PageStore):
         if max_bytes is not None and max_bytes < self.record_bytes:
             raise ValueError(f"max_bytes: expected at least a record, {self.record_bytes}, got {max_bytes}")
         self.directory: Final = os.path.join(os.path.abspath(directory), str(namespace))
+        self._directory = Directory(self.directory, self.record_bytes, max_bytes)
         self._direct = direct
         self._sync = sync
         self._depth = depth
         # To and from the page cache the CPU moves bytes, and more threads than it has cores only wait for each other.
         self._cached_depth = min(depth, len(os.sched_getaffinity(0)))
-        self._limit = None if max_bytes is None else Limit(self.directory, self.record_bytes, max_bytes)
-        self._make_directories()
-        clean(self.directory)
-        self._io = concurrent.futures.ThreadPoolExecutor(depth, thread_name_prefix="FileStore-io")
-
-    # ---- what a store does ----
 
     def _put(self, names: Sequence[str], buffers: Sequence[Buffer]) -> list[Result]:
+        put = _Put(self, names, buffers)
         depth = self._depth if self._direct else self._cached_depth
-        return self._each(lambda i: self._put_one(names[i], buffers[i]), len(names), depth)
+        try:
+            return self._each(len(names), depth, put.begin, put.go_on)
+        finally:
+            put.clean()
 
     def _get(self, names: Sequence[str], buffers: Sequence[Buffer]) -> list[Result]:
-        depth = self._cached_depth if not self._direct and self._is_cached(names[0]) else self._depth
-        return self._each(lambda i: self._get_one(names[i], buffers[i]), len(names), depth)
+        paths = self._paths(names)
+
+        def read(queue: FileQueue, i: int) -> None:
+            queue.read(i, paths[i], buffers[i], self._direct)
+
+        def found(queue: FileQueue, done: Done) -> Result:
+            if done.error in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
+                return Result(Outcome.MISSING, NOT_REGULAR)
+            self._see_whether_direct(done)
+            result = self._existing(done)
+            return self._found(names[done.index], buffers[done.index]) if result.is_hit else result
+
+        depth = self._cached_depth if not self._direct and is_cached(paths[0]) else self._depth
+        return self._each(len(names), depth, read, found)
 
     def _contains(self, names: Sequence[str]) -> list[Result]:
-        def contains(i: int) -> Result:
-            fault = self._fault_of(self._path(names[i]))
-            return Result(Outcome.MISSING, fault or "") if fault != "" else Result(Outcome.EXISTS)
+        paths = self._paths(names)
 
-        return self._each(contains, len(names), self._cached_depth)
+        def look(queue: FileQueue, i: int) -> None:
+            queue.stat(i, paths[i])
+
+        return self._each(len(names), self._cached_depth, look, lambda _, done: self._existing(done))
 
     def _remove(self, names: Sequence[str]) -> list[Result]:
-        def remove(i: int) -> Result:
+        paths, limit = self._paths(names), self._directory.limit
+
+        def remove(queue: FileQueue, i: int) -> None:
+            queue.stat(i, paths[i]) if limit else queue.remove(i, paths[i])
+
+        def removed(_: FileQueue, done: Done) -> Result:
             try:
-                self._unlink(self._path(names[i]))
+                _check(done)
+                if limit:
+                    limit.unlink(paths[done.index])
             except FileNotFoundError:
                 return Result(Outcome.MISSING)
             return Result(Outcome.REMOVED)
 
-        return self._each(remove, len(names), self._depth)
+        return self._each(len(names), self._depth, remove, removed)
 
     def _clear(self) -> Result:
-        for entry in records(self.directory):
-            with contextlib.suppress(FileNotFoundError):
-                self._unlink(entry.path)
-        clean(self.directory)
+        self._directory.clear()
         return Result(Outcome.REMOVED)
 
     def _close(self) -> None:
-        self._io.shutdown()
+        pass
 
-    # ---- one record ----
+    # ---- for all of them ----
 
-    def _put_one(self, name: str, buffer: Buffer) -> Result:
-        path = self._path(name)
-        if self._fault_of(path) == "":
-            return Result(Outcome.EXISTS)
-        self._seal(name, buffer)
-        with self._temporary(name) as (temporary, fd):
-            if self._limit:
-                self._limit.take(fd)
-            is_stored = False
-            try:
-                self._transfer(os.pwritev, fd, buffer)
-                if self._sync:
-                    os.fsync(fd)
-                is_stored = self._link(temporary, path)
-            finally:
-                if self._limit and not is_stored:
-                    self._limit.unlink(temporary)
-        if not is_stored:
-            return Result(Outcome.EXISTS)
-        if self._sync:
-            sync_directory(os.path.dirname(path))
-        return Result(Outcome.STORED)
-
-    def _get_one(self, name: str, buffer: Buffer) -> Result:
-        try:
-            fd = os.open(self._path(name), os.O_RDONLY | OURS)
-        except FileNotFoundError:
-            return Result(Outcome.MISSING)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
-                return Result(Outcome.MISSING, "not a regular file")
-            raise
-        try:
-            if fault := self._fault(os.fstat(fd)):
-                return Result(Outcome.MISSING, fault)
-            self._transfer(os.preadv, fd, buffer)
-            result = self._found(name, buffer)
-            if result.is_hit:
-                with contextlib.suppress(OSError):  # somebody else's file: they see to its time
-                    os.utime(fd)
-            return result
-        finally:
-            os.close(fd)
-
-    def _is_cached(self, name: str) -> bool:
-        """Whether the record can be read without the disk. True if it cannot be read, or if Python cannot ask."""
-        if not _NOWAIT:
-            return True
-        try:
-            fd = os.open(self._path(name), os.O_RDONLY | OURS)
-        except OSError:
-            return True
-        try:
-            os.preadv(fd, [bytearray(1)], 0, _NOWAIT)
-            return True
-        except OSError:  # it would wait, or the file system cannot tell
-            return False
-        finally:
-            os.close(fd)
-
-    def _path(self, name: str) -> str:
-        page_hash = name.rpartition("-")[2]
-        return f"{self.directory}/{page_hash[-2:]}/{page_hash}"
-
-    def _fault(self, status: os.stat_result) -> str:
-        """What is wrong with a file that should be a record; nothing if it may be one."""
-        if not stat.S_ISREG(status.st_mode):
-            return "not a regular file"
-        if status.st_size != self.record_bytes:
-            return f"{status.st_size} bytes instead of {self.record_bytes}"
-        return ""
-
-    def _fault_of(self, path: str) -> str | None:
-        """The same of a path; None if there is nothing."""
-        try:
-            return self._fault(os.lstat(path))
-        except FileNotFoundError:
-            return None
-
-    def _link(self, temporary: str, path: str) -> bool:
-        """Gives a record its name; False if there is one."""
-        for _ in range(3):
-            try:
-                os.link(temporary, path)
-                return True
-            except FileExistsError:
-                fault = self._fault_of(path)
-                if fault == "":
-                    return False
-                if fault is not None:
-                    with contextlib.suppress(FileNotFoundError):
-                        self._unlink(path)
-            except FileNotFoundError:
-                self._make_directories()
-        raise OSError(errno.EBUSY, "its name appears and disappears")
-
-    def _unlink(self, path: str) -> None:
-        os.unlink(path) if self._limit is None else self._limit.unlink(path)
-
-    @contextlib.contextmanager
-    def _temporary(self, name: str) -> Iterator[tuple[str, int]]:
-        """A new file in tmp/, locked: its path and descriptor. In the end its name there is gone."""
-        for _ in range(3):
-            path = f"{self.directory}/tmp/{name[-1]}/{uuid.uuid4().hex}"
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OURS, 0o600)
-            except FileNotFoundError:  # somebody removed the directories
-                self._make_directories()
-                continue
-            try:
-                # Who cleans may have been faster than our lock. Afterwards it cannot take the file any more.
-                if try_lock(fd) and os.fstat(fd).st_nlink:
-                    yield path, fd
-                    return
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                os.close(fd)
-        raise OSError(errno.EBUSY, "files in tmp/ disappear")
-
-    def _transfer(self, call: _Transfer, fd: int, buffer: Buffer) -> None:
-        """All of the buffer, from or to the beginning of a file, directly as long as the system takes it."""
-        is_direct = self._direct and buffer.ctypes.data % RECORD_ALIGNMENT == 0 and self._set_direct(fd)
-        view, done = buffer.data, 0
-        while done < len(view):
-            try:
-                moved = call(fd, [view[done:]], done)
-            except OSError as error:
-                if not is_direct or error.errno != errno.EINVAL:
-                    raise
-                self._warn("O_DIRECT is refused for these buffers: the page cache is used")
-                moved = 0
-            else:
-                if moved == 0:
-                    raise OSError(errno.EIO, "no bytes were moved: the file ends early")
-            done += moved
-            if is_direct and (moved == 0 or done % RECORD_ALIGNMENT):
-                fcntl.fcntl(fd, fcntl.F_SETFL, 0)
-                is_direct = False
-
-    def _set_direct(self, fd: int) -> bool:
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
-        except OSError:
-            self._warn("the file system refuses O_DIRECT: the page cache is used")
-            return False
-        return True
-
-    # ---- all of them ----
-
-    def _each(self, work: Callable[[int], Result], count: int, depth: int) -> list[Result]:
-        """`work` of each number, on this thread and those for I/O, `depth` at once. Whatever ends it, nothing works any
-        more then."""
+    def _each(
+        self,
+        count: int,
+        depth: int,
+        begin: Callable[[FileQueue, int], None],
+        go_on: Callable[[FileQueue, Done], Result | None],
+    ) -> list[Result]:
+        """The result of each number: `begin` gives the queue its first work, and `go_on`, when that is done, more of it
+        or the result. A few numbers at a time, so that records are still in the cache when they are checked. Whatever
+        ends it, nothing works any more then."""
         results = [Result(Outcome.FAILED, "interrupted")] * count
-        todo = collections.deque(range(count))
-        idle = threading.Condition()
-        num_helping = 0
-
-        def run() -> None:
-            while todo:
+        queue = FileQueue(min(depth, count))
+        todo = iter(range(count))
+        try:
+            for i in itertools.islice(todo, 2 * depth - 1):
+                begin(queue, i)
+            for done in queue:
                 try:
-                    i = todo.popleft()
-                except IndexError:
-                    return
-                try:
-                    results[i] = work(i)
+                    result = go_on(queue, done)
                 except OSError as error:  # without the path, so that the same failure is logged once
                     code = errno.errorcode.get(error.errno or 0, "?")
-                    results[i] = Result(Outcome.FAILED, f"[{code}] {error.strerror}")
+                    result = Result(Outcome.FAILED, f"[{code}] {error.strerror}")
                 except Exception as error:
-                    results[i] = Result(Outcome.FAILED, f"{type(error).__name__}: {error}")
-
-        def help_out() -> None:
-            nonlocal num_helping
-            with idle:
-                if not todo:
-                    return
-                num_helping += 1
-            try:
-                run()
-            finally:
-                with idle:
-                    num_helping -= 1
-                    idle.notify()
-
-        try:
-            with contextlib.suppress(RuntimeError):  # no thread can be started: then without
-                for _ in range(min(depth, count) - 1):
-                    self._io.submit(help_out)
-            run()
+                    result = Result(Outcome.FAILED, f"{type(error).__name__}: {error}")
+                if result is not None:
+                    results[done.index] = result
+                    for i in itertools.islice(todo, 1):
+                        begin(queue, i)
         finally:
-            with idle:
-                todo.clear()
-                idle.wait_for(lambda: num_helping == 0)
+            queue.close()
         return results
 
-    def _make_directories(self) -> None:
-        for path in (self.directory, *(f"{self.directory}/{name}" for name in ("tmp", *TEMPORARY, *SUBDIRECTORIES))):
-            os.makedirs(path, 0o700, exist_ok=True)
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, "expected a directory, not a link", path)
+    def _paths(self, names: Sequence[str]) -> list[str]:
+        return [self._directory.path_of(name) for name in names]
+
+    def _existing(self, done: Done) -> Result:
+        """`EXISTS` if there is a file that may be a record."""
+        if done.error == errno.ENOENT:
+            return Result(Outcome.MISSING)
+        _check(done)
+        fault = self._directory.fault(done.file_bytes)
+        return Result(Outcome.MISSING, fault) if fault else Result(Outcome.EXISTS)
+
+    def _see_whether_direct(self, done: Done) -> None:
+        if done.is_direct_refused:
+            self._warn("O_DIRECT is refused: the page cache is used")
+
+
+class _Put:
+    """A call of `put`: each record gets a file in tmp/, then that its bytes and its name."""
+
+    def __init__(self, store: FileStore, names: Sequence[str], buffers: Sequence[Buffer]) -> None:
+        self._store = store
+        self._directory = store._directory
+        self._names, self._buffers, self._paths = names, buffers, store._paths(names)
+        self._num_tries = [0] * len(names)
+        self._temporaries: dict[int, str] = {}  # of records that are neither stored nor given up
+        self._files: dict[int, OpenFile] = {}  # the same, where they were made
+
+    def begin(self, queue: FileQueue, i: int) -> None:
+        self._num_tries[i] += 1
+        self._temporaries[i] = self._directory.new_temporary(self._names[i])
+        queue.create(i, self._temporaries[i], self._paths[i], self._store.record_bytes)
+
+    def go_on(self, queue: FileQueue, done: Done) -> Result | None:
+        i = done.index
+        try:
+            result = self._written(queue, done) if i in self._files else self._created(queue, done)
+        except Exception:
+            self._discard(i)
+            raise
+        if result is not None:
+            self._files.pop(i, None)
+            del self._temporaries[i]
+        return result
+
+    def _created(self, queue: FileQueue, done: Done) -> Result | None:
+        i, store = done.index, self._store
+        if done.error == errno.EEXIST:
+            return Result(Outcome.EXISTS)
+        if done.error in (errno.ENOENT, errno.ESTALE):
+            self._begin_again(queue, done)
+            return None
+        _check(done)
+        self._files[i] = file = done.file
+        if self._directory.limit:
+            self._directory.limit.take(file.descriptor)
+        store._seal(self._names[i], self._buffers[i])
+        queue.write(
+            i, file, self._temporaries[i], self._paths[i], self._buffers[i], is_direct=store._direct, sync=store._sync
+        )
+        return None
+
+    def _written(self, queue: FileQueue, done: Done) -> Result | None:
+        self._store._see_whether_direct(done)
+        if done.error in (errno.EEXIST, errno.ENOENT):
+            self._directory.make_way(self._paths[done.index])
+            self._begin_again(queue, done)
+            return None
+        _check(done)
+        return Result(Outcome.STORED)
+
+    def _begin_again(self, queue: FileQueue, done: Done) -> None:
+        """Others took or removed a name, or the directories."""
+        self._discard(done.index)
+        if done.error == errno.ENOENT:
+            self._directory.make()
+        if self._num_tries[done.index] == _MAX_TRIES:
+            _check(done)
+        self.begin(queue, done.index)
+
+    def clean(self) -> None:
+        """To be called when nothing works any more."""
+        for i in list(self._temporaries):
+            self._discard(i)
+
+    def _discard(self, i: int) -> None:
+        if i in self._temporaries:
+            self._directory.discard(self._files.pop(i, None), self._temporaries.pop(i))
+
+
+def _check(done: Done) -> None:
+    if done.error:
+        raise OSError(done.error, os.strerror(done.error))
