@@ -16,6 +16,7 @@ struct {
   int64_t max_bytes;       // of a transfer; 0: any
   int64_t fails_at;        // transfers fail from this offset in a file on; -1: never
   int64_t num_spared;      // files that are transferred all the same, before
+  int64_t num_interrupts;  // transfers that a signal ends, before
   int32_t transfer_errno;  // 0: nothing is transferred
   int32_t open_errno;
   int32_t refuses_direct_flag, refuses_direct;
@@ -46,6 +47,7 @@ static ssize_t Begin(int fd, size_t bytes, off_t offset) {
          !__atomic_compare_exchange_n(&faults.max_at_once, &most, at_once, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
   }
   if (faults.pause_us > 0) usleep(faults.pause_us);
+  if (faults.num_interrupts > 0 && faults.num_interrupts--) return Fail(EINTR);
   if (faults.refuses_direct && IsDirect(fd)) return Fail(EINVAL);
   if (faults.max_bytes > 0 && (int64_t)bytes > faults.max_bytes) bytes = faults.max_bytes;
   if (faults.fails_at < 0 || (offset == 0 && faults.num_spared-- > 0)) return bytes;
@@ -53,21 +55,27 @@ static ssize_t Begin(int fd, size_t bytes, off_t offset) {
   return (int64_t)bytes > faults.fails_at - offset ? faults.fails_at - offset : (int64_t)bytes;
 }
 
-static ssize_t End(ssize_t moved) {
+static ssize_t End(ssize_t moved, ssize_t allowed) {
   const int number = errno;
   __atomic_fetch_sub(&faults.num_at_once, 1, __ATOMIC_SEQ_CST);
   errno = number;
-  return moved;
+  return moved < allowed ? moved : allowed;
+}
+
+// Of a transfer of so many bytes, which the system would refuse by O_DIRECT.
+static size_t RoundUp(ssize_t allowed, size_t bytes) {
+  const size_t rounded = (allowed + 4095) / 4096 * 4096;
+  return rounded < bytes ? rounded : bytes;
 }
 
 ssize_t pread(int fd, void* data, size_t bytes, off_t offset) {
   const ssize_t allowed = Begin(fd, bytes, offset);
-  return End(allowed <= 0 ? allowed : REAL(pread)(fd, data, allowed, offset));
+  return End(allowed <= 0 ? allowed : REAL(pread)(fd, data, RoundUp(allowed, bytes), offset), allowed);
 }
 
 ssize_t pwrite(int fd, const void* data, size_t bytes, off_t offset) {
   const ssize_t allowed = Begin(fd, bytes, offset);
-  return End(allowed <= 0 ? allowed : REAL(pwrite)(fd, data, allowed, offset));
+  return End(allowed <= 0 ? allowed : REAL(pwrite)(fd, data, RoundUp(allowed, bytes), offset), allowed);
 }
 
 ssize_t preadv2(int fd, const struct iovec* buffers, int count, off_t offset, int flags) {
@@ -97,7 +105,8 @@ int fcntl(int fd, int command, ...) {
 int flock(int fd, int operation) {
   char link[64], path[4096] = "";
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-  if (faults.removes_before_lock > 0 && readlink(link, path, sizeof path - 1) > 0) {
+  const int is_known = faults.removes_before_lock > 0 && readlink(link, path, sizeof path - 1) > 0;
+  if (is_known && strlen(strrchr(path, '/')) == 1 + 32) {  // in tmp/
     --faults.removes_before_lock;
     unlink(path);
   }

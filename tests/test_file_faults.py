@@ -27,7 +27,7 @@ class Faults(ctypes.Structure):
     """That of faulty_files.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("max_bytes", "fails_at", "num_spared")),
+        *((name, ctypes.c_int64) for name in ("max_bytes", "fails_at", "num_spared", "num_interrupts")),
         *((name, ctypes.c_int32) for name in ("transfer_errno", "open_errno", "refuses_direct_flag")),
         *((name, ctypes.c_int32) for name in ("refuses_direct", "is_not_cached", "removes_before_lock", "pause_us")),
         *((name, ctypes.c_int32) for name in ("num_direct", "num_buffered", "num_at_once", "max_at_once")),
@@ -96,16 +96,22 @@ def test_direct_where_buffers_are_aligned(tmp_path, run, offset, is_direct):
     run(put_and_get, offset, is_direct)
 
 
-def put_and_get_refused(directory, refusal):
+def warnings():
+    """A list that gets all that is logged."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("jax_kvpool").addHandler(handler)
+    return messages
+
+
+def put_and_get_refused(directory, refusal):
+    messages = warnings()
     faults(**{refusal: 1})
     with Files(directory).open() as store:
         assert put(store, 1, 2) == [STORED] * 2
         assert get(store, 1, 2) == [FOUND] * 2
-    assert len([message for message in messages if "O_DIRECT" in message]) == 1
+    assert len(messages) == 1 and "O_DIRECT" in messages[0]
 
 
 @pytest.mark.parametrize("refusal", ["refuses_direct_flag", "refuses_direct"])
@@ -156,13 +162,15 @@ def test_a_read_that_fails(run, number, after):
 
 
 def put_and_get_in_steps(directory, step, is_direct):
-    faults(max_bytes=step)
+    messages = warnings()
+    faults(max_bytes=step, num_interrupts=3)
     records, read = filled(2), aligned(2)
     with Files(directory).open(direct=is_direct) as store:
         assert outcomes(store.put(page_hashes(1, 2), records)) == [STORED] * 2
         assert outcomes(store.get(page_hashes(1, 2), read)) == [FOUND] * 2
     assert all((a == b).all() for a, b in zip(records, read, strict=True))
     assert faults().num_direct + faults().num_buffered >= 4 * (RECORD_BYTES // step)
+    assert not messages
 
 
 @pytest.mark.parametrize("step", [1000, 4096])
@@ -246,17 +254,20 @@ def test_sync(run):
     run(put_in_order)
 
 
-def put_what_is_cleaned(directory, num_times):
+def put_what_is_cleaned(directory, num_times, max_bytes):
     files = Files(directory)
-    with files.open() as store:
+    with files.open(max_bytes=max_bytes) as store:
         faults(removes_before_lock=num_times)
         assert put(store, 1) == [STORED if num_times < 3 else FAILED]
         assert not files.temporaries() and faults().removes_before_lock == 0
-        assert put(store, 1) == [EXISTS if num_times < 3 else STORED]
-        assert get(store, 1) == [FOUND]
+        assert put(store, 1, 2) == [EXISTS if num_times < 3 else STORED, STORED]
+        assert get(store, 1, 2) == [FOUND, FOUND]
+    if max_bytes:
+        assert int.from_bytes((files.home / "usage").read_bytes(), "little") == 2 * RECORD_BYTES
 
 
+@pytest.mark.parametrize("max_bytes", [None, 4 * RECORD_BYTES])
 @pytest.mark.parametrize("num_times", [1, 2, 3])
-def test_who_cleans_may_be_faster_than_the_writer(run, num_times):
+def test_who_cleans_may_be_faster_than_the_writer(run, num_times, max_bytes):
     """Between the making of a file in tmp/ and its lock."""
-    run(put_what_is_cleaned, num_times)
+    run(put_what_is_cleaned, num_times, max_bytes)
