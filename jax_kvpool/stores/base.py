@@ -160,7 +160,7 @@ class PageStore(abc.ABC):
     """
 
     _checks_records: ClassVar[bool] = False
-    """Whether `_put` and `_get` call `_seal` and `_found` themselves: on threads, while a record is in the cache."""
+    """Whether `_put` and `_get` call `_seal` and `_found` themselves: while others travel and it is in the cache."""
 
     def __init__(self, namespace: Namespace, *, num_threads: int = 4) -> None:
         self.namespace: Final = namespace
