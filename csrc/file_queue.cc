@@ -5,10 +5,10 @@
 
 namespace kvpool {
 
-void FileQueue::Submit(int64_t index, Call call) {
+void FileQueue::Submit(int64_t index, Call call, bool is_urgent) {
   {
     const std::lock_guard lock(mutex_);
-    todo_.push_back({index, std::move(call)});
+    todo_.insert(is_urgent ? todo_.begin() : todo_.end(), {index, std::move(call)});
     if (num_idle_ < todo_.size() && threads_.size() + 1 < depth_) {
       try {
         threads_.emplace_back(&FileQueue::Run, this);
@@ -67,6 +67,7 @@ void FileQueue::Close() {
   has_work_.notify_all();
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
+  done_.clear();  // and the files that nobody took
 }
 
 }  // namespace kvpool

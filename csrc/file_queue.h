@@ -29,19 +29,21 @@ class FileQueue {
     FileResult result;
   };
 
-  // At most so many at work, of which one is Take, which works rather than wait; also where no thread can be started.
+  // depth: how many work at once. One of them is Take, which works rather than wait, so one thread less is started, as
+  // there is work for it; fewer, if the system gives none.
   explicit FileQueue(size_t depth) : depth_(depth) {}
   ~FileQueue() { Close(); }
   FileQueue(const FileQueue&) = delete;
   FileQueue& operator=(const FileQueue&) = delete;
 
-  void Submit(int64_t index, Call call);
+  // `is_urgent`: before all that is not.
+  void Submit(int64_t index, Call call, bool is_urgent = false);
 
   // Moves a result, in the order in which they come, to `done`. False: none came in time, or none will.
   bool Take(Done& done, std::chrono::milliseconds patience);
   bool IsEmpty() const;  // none will
 
-  // Drops what has not begun, and waits for what has: nothing touches any file or record afterwards.
+  // Drops what has not begun and all results, and waits for what has: nothing touches any file or record afterwards.
   void Close();
 
  private:

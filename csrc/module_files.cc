@@ -89,7 +89,7 @@ NB_MODULE(_files, m) {
               return ReadRecord(path, record, is_direct);
             });
           },
-          "index"_a, "path"_a, "record"_a, "is_direct"_a)
+          "index"_a, "path"_a, "record"_a.noconvert(), "is_direct"_a)
       .def(
           "create",
           [](FileQueue& self, int64_t index, const nb::str& temporary, const nb::str& path, int64_t num_bytes) {
@@ -102,11 +102,13 @@ NB_MODULE(_files, m) {
           "write",
           [](FileQueue& self, int64_t index, const PyOpenFile& file, const nb::str& temporary, const nb::str& path,
              const Record& record, bool is_direct, bool sync) {
-            self.Submit(index,
-                        [file = file.file, temporary = Path(temporary), path = Path(path), record = BytesOf(record),
-                         is_direct, sync] { return WriteRecord(*file, temporary, path, record, is_direct, sync); });
+            self.Submit(
+                index,
+                [file = file.file, temporary = Path(temporary), path = Path(path), record = BytesOf(record), is_direct,
+                 sync] { return WriteRecord(*file, temporary, path, record, is_direct, sync); },
+                /*is_urgent=*/true);  // there may be room for nothing else before it has its name
           },
-          "index"_a, "file"_a, "temporary"_a, "path"_a, "record"_a, "is_direct"_a, "sync"_a)
+          "index"_a, "file"_a, "temporary"_a, "path"_a, "record"_a.noconvert(), "is_direct"_a, "sync"_a)
       .def(
           "remove",
           [](FileQueue& self, int64_t index, const nb::str& path) {

@@ -12,14 +12,30 @@
 namespace kvpool {
 namespace {
 
-// No link leads elsewhere, a pipe does not block, and no process that is started meanwhile inherits the file.
-constexpr int kOpenFlags = O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
+constexpr int kOpenFlags = O_NOFOLLOW | O_NONBLOCK;  // no link leads elsewhere, and a pipe does not block
 
 int64_t Size(std::span<char> record) { return static_cast<int64_t>(record.size()); }
 
 FileResult Failed(int error) { return {.error = error}; }
 
 int64_t Length(const struct stat& status) { return S_ISREG(status.st_mode) ? status.st_size : -1; }
+
+// The same call again, if a signal ended it.
+template <typename Call>
+auto Retry(Call call) {
+  while (true) {
+    const auto result = call();
+    if (result >= 0 || errno != EINTR) return result;
+  }
+}
+
+int Open(const std::string& path, int flags) {
+  return Retry([&] { return open(path.c_str(), flags | O_CLOEXEC, 0600); });
+}
+
+int Sync(int fd) {
+  return Retry([&] { return fsync(fd); });
+}
 
 // All of the record, from or to the beginning of the file, directly as long as the system takes it.
 template <typename Call>
@@ -31,8 +47,7 @@ FileResult Transfer(Call call, int fd, std::span<char> record, bool is_direct) {
     is_direct = false;
   }
   for (int64_t done = 0; done < Size(record);) {
-    const ssize_t moved = call(fd, record.data() + done, Size(record) - done, done);
-    if (moved < 0 && errno == EINTR) continue;
+    const ssize_t moved = Retry([&] { return call(fd, record.data() + done, Size(record) - done, done); });
     if (moved < 0 && errno == EINVAL && is_direct) {
       result.is_direct_refused = true;
     } else if (moved <= 0) {
@@ -50,8 +65,8 @@ FileResult Transfer(Call call, int fd, std::span<char> record, bool is_direct) {
 }
 
 int SyncDirectory(const std::string& path) {
-  const OpenFile directory(open(path.substr(0, path.rfind('/')).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  return directory.descriptor() < 0 || fsync(directory.descriptor()) < 0 ? errno : 0;
+  const OpenFile directory(Open(path.substr(0, path.rfind('/')), O_RDONLY | O_DIRECTORY));
+  return directory.descriptor() < 0 || Sync(directory.descriptor()) < 0 ? errno : 0;
 }
 
 }  // namespace
@@ -66,7 +81,7 @@ FileResult StatRecord(const std::string& path) {
 }
 
 FileResult ReadRecord(const std::string& path, std::span<char> record, bool is_direct) {
-  const OpenFile file(open(path.c_str(), O_RDONLY | kOpenFlags));
+  const OpenFile file(Open(path, O_RDONLY | kOpenFlags));
   const int fd = file.descriptor();
   struct stat status;
   if (fd < 0 || fstat(fd, &status) < 0) return Failed(errno);
@@ -80,10 +95,10 @@ FileResult ReadRecord(const std::string& path, std::span<char> record, bool is_d
 FileResult CreateRecord(const std::string& temporary, const std::string& path, int64_t bytes) {
   struct stat status;
   if (lstat(path.c_str(), &status) == 0 && Length(status) == bytes) return Failed(EEXIST);
-  auto file = std::make_shared<OpenFile>(open(temporary.c_str(), O_RDWR | O_CREAT | O_EXCL | kOpenFlags, 0600));
-  const int fd = file->descriptor();
+  const int fd = Open(temporary, O_RDWR | O_CREAT | O_EXCL | kOpenFlags);
   if (fd < 0) return Failed(errno == EEXIST ? ESTALE : errno);
-  int error = flock(fd, LOCK_EX | LOCK_NB) < 0 || fstat(fd, &status) < 0 ? errno : 0;
+  auto file = std::make_shared<OpenFile>(fd);
+  int error = Retry([&] { return flock(fd, LOCK_EX | LOCK_NB); }) < 0 || fstat(fd, &status) < 0 ? errno : 0;
   if (error == EWOULDBLOCK || (!error && status.st_nlink == 0)) error = ESTALE;
   if (!error) return {.file = std::move(file)};
   unlink(temporary.c_str());
@@ -94,7 +109,7 @@ FileResult WriteRecord(OpenFile& file, const std::string& temporary, const std::
                        bool is_direct, bool sync) {
   const int fd = file.descriptor();
   FileResult result = Transfer(pwrite, fd, record, is_direct);
-  if (!result.error && sync && fsync(fd) < 0) result.error = errno;
+  if (!result.error && sync && Sync(fd) < 0) result.error = errno;
   if (!result.error && link(temporary.c_str(), path.c_str()) < 0) result.error = errno;
   if (result.error) return result;
   unlink(temporary.c_str());
@@ -106,7 +121,7 @@ FileResult WriteRecord(OpenFile& file, const std::string& temporary, const std::
 FileResult RemoveRecord(const std::string& path) { return unlink(path.c_str()) < 0 ? Failed(errno) : FileResult(); }
 
 bool IsCached(const std::string& path) {
-  const OpenFile file(open(path.c_str(), O_RDONLY | kOpenFlags));
+  const OpenFile file(Open(path, O_RDONLY | kOpenFlags));
   if (file.descriptor() < 0) return true;
   char byte;
   const iovec buffer = {&byte, 1};

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -23,6 +24,7 @@ struct {
   int32_t is_not_cached;
   int32_t removes_before_lock;  // files, one by one
   int32_t pause_us;             // of a transfer
+  int32_t refuses_threads;      // and counts them
   int32_t num_direct, num_buffered, num_at_once, max_at_once;
   char order[16];  // of calls: f(sync), l(ink)
 } faults = {.fails_at = -1};
@@ -62,7 +64,7 @@ static ssize_t End(ssize_t moved, ssize_t allowed) {
   return moved < allowed ? moved : allowed;
 }
 
-// Of a transfer of so many bytes, which the system would refuse by O_DIRECT.
+// What is really transferred, for O_DIRECT in whole blocks, where no more than `allowed` bytes shall seem to be.
 static size_t RoundUp(ssize_t allowed, size_t bytes) {
   const size_t rounded = (allowed + 4095) / 4096 * 4096;
   return rounded < bytes ? rounded : bytes;
@@ -121,4 +123,9 @@ int fsync(int fd) {
 int link(const char* source, const char* target) {
   Note('l');
   return REAL(link)(source, target);
+}
+
+int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*), void* argument) {
+  if (faults.refuses_threads > 0 && faults.refuses_threads++) return EAGAIN;
+  return REAL(pthread_create)(thread, attributes, run, argument);
 }

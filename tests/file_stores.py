@@ -60,6 +60,12 @@ class Files:
         return temporaries(self.home)
 
 
+def counted_bytes(files):
+    """Bytes that the limit has counted; 0 without one."""
+    path = files.home / "usage"
+    return int.from_bytes(path.read_bytes(), "little") if path.exists() else 0
+
+
 def put(store, *numbers, seed=0):
     return [r.outcome for r in store.put(page_hashes(*numbers), filled(len(numbers), seed))]
 
@@ -72,14 +78,14 @@ def has(store, *numbers):
     return [result.is_hit for result in store.contains(page_hashes(*numbers))]
 
 
-def before_the_next_write(monkeypatch, call):
-    """Calls it once, when the file of the next record that a store puts is there and empty."""
+def before_the_next_writes(monkeypatch, *calls):
+    """Calls each of them once, when the file of a record that a store puts is there, without its bytes."""
 
     class Queue(file.FileQueue):
         def write(self, *arguments, **options):
-            if calls:
-                calls.pop()()
+            if todo:
+                todo.pop(0)()
             super().write(*arguments, **options)
 
-    calls = [call]
+    todo = list(calls)
     monkeypatch.setattr(file, "FileQueue", Queue)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,13 +35,16 @@ def process_of(module, **environment):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         env=environment or None,
     ) as process:
         try:
             yield process
-        finally:
             process.stdin.close()
             process.wait(20)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            raise
 
 
 def start(process, work, *arguments):

@@ -1,6 +1,7 @@
 """FileStore with `max_bytes`: what goes first, and that the limit holds between threads, stores and processes."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -10,7 +11,7 @@ import pytest
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
-from file_stores import NAMESPACE, RECORD_BYTES, Files, before_the_next_write, filled, get, has, put
+from file_stores import NAMESPACE, RECORD_BYTES, Files, before_the_next_writes, counted_bytes, filled, get, has, put
 
 from jax_kvpool.stores import FileStore, Namespace, Outcome, directory
 from jax_kvpool.testing.stores import outcomes, page_hashes
@@ -60,7 +61,7 @@ def test_a_record_that_gets_its_name_during_a_scan_counts_once(files, monkeypatc
     clean = directory.clean
     is_writing, may_go_on = threading.Event(), threading.Event()
     with files.open(max_bytes=3 * RECORD_BYTES) as slow, files.open(max_bytes=3 * RECORD_BYTES) as scanning:
-        before_the_next_write(monkeypatch, lambda: (is_writing.set(), may_go_on.wait(20)))
+        before_the_next_writes(monkeypatch, lambda: (is_writing.set(), may_go_on.wait(20)))
         putting = slow.submit(put, slow, 1)
         assert is_writing.wait(20)
 
@@ -72,7 +73,7 @@ def test_a_record_that_gets_its_name_during_a_scan_counts_once(files, monkeypatc
 
         monkeypatch.setattr(directory, "clean", named_meanwhile)
         assert put(scanning, 2) == [STORED]
-    assert int.from_bytes((files.home / "usage").read_bytes(), "little") == 2 * RECORD_BYTES
+    assert counted_bytes(files) == 2 * RECORD_BYTES
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "garbage", "zero"])
@@ -136,13 +137,60 @@ def test_the_limit_holds_at_every_moment(files):
         assert len(files.records()) >= 11  # what was lost to accounting is found again by a scan
 
 
+class Clock:
+    """In place of the module `time`."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 def test_a_lock_that_another_process_holds(files, monkeypatch):
-    monkeypatch.setattr("jax_kvpool.stores.directory._PATIENCE_S", 0.1)
+    """Is waited for once in a batch."""
+    monkeypatch.setattr(directory, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(directory, "time", clock := Clock())
+    with files.open(max_bytes=8 * RECORD_BYTES) as store:
+        put(store, 1, 2)
+        with open(files.home / "usage") as locked:
+            fcntl.flock(locked, fcntl.LOCK_EX)
+            results = [*store.put(page_hashes(*range(3, 19)), filled(16)), *store.remove(page_hashes(1, 2))]
+            assert outcomes(results) == [FAILED] * 18 and all("holds the lock" in r.reason for r in results)
+            assert clock.now < 0.6
+            assert get(store, 1) == [FOUND]
+        assert put(store, 2, 3) == [EXISTS, STORED]
+        assert counted_bytes(files) == 3 * RECORD_BYTES and not files.temporaries()
+
+
+def test_an_interrupt_while_room_is_taken(files, monkeypatch):
+    truncate, calls = os.ftruncate, []
+
+    def interrupted(fd, num_bytes):
+        truncate(fd, num_bytes)
+        calls.append(num_bytes)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with files.open(max_bytes=8 * RECORD_BYTES) as store:
+        monkeypatch.setattr(os, "ftruncate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            put(store, 1, 2, 3)
+        assert counted_bytes(files) >= len(files.records()) * RECORD_BYTES and not files.temporaries()
+
+
+def test_a_disk_without_room_for_a_record(files, monkeypatch):
+    def refuse(fd, num_bytes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with files.open(max_bytes=8 * RECORD_BYTES) as store:
         put(store, 1)
-        with open(files.home / "usage") as usage:
-            fcntl.flock(usage, fcntl.LOCK_EX)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "ftruncate", refuse)
             (result,) = store.put(page_hashes(2), filled(1))
-            assert result.outcome is FAILED and "holds the lock" in result.reason
-            assert get(store, 1) == [FOUND]
-        assert put(store, 2) == [STORED]
+            assert result.outcome is FAILED and "ENOSPC" in result.reason
+        assert counted_bytes(files) == RECORD_BYTES and not files.temporaries()
+        assert put(store, 1, 2) == [EXISTS, STORED]

@@ -12,7 +12,18 @@ import pytest
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
-from file_stores import RECORD_BYTES, Files, aligned, before_the_next_write, filled, get, has, path_of, put
+from file_stores import (
+    RECORD_BYTES,
+    Files,
+    aligned,
+    before_the_next_writes,
+    counted_bytes,
+    filled,
+    get,
+    has,
+    path_of,
+    put,
+)
 
 from jax_kvpool.stores import FileStore, Outcome
 from jax_kvpool.testing.stores import StoreConformance, outcomes, page_hashes
@@ -180,15 +191,19 @@ def test_removed_directories_are_made_again(files):
 # ---- put if absent ----
 
 
-def test_who_links_first_wins(files, store, monkeypatch):
-    """Another process links the same page while this one writes it."""
+@pytest.mark.parametrize("num_losses", [0, 1, 2])
+def test_who_links_first_wins(files, store, monkeypatch, num_losses):
+    """Another process links the same page while this one writes it, also at the last try."""
     first = filled(1, seed=1)
 
     def overtake():
         with files.open() as other:
             assert outcomes(other.put(page_hashes(1), first)) == [STORED]
 
-    before_the_next_write(monkeypatch, overtake)
+    def remove_directories():
+        shutil.rmtree(files.home)
+
+    before_the_next_writes(monkeypatch, *[remove_directories] * num_losses, overtake)
     assert put(store, 1, seed=2) == [EXISTS]
     read = aligned(1)
     assert outcomes(store.get(page_hashes(1), read)) == [FOUND]
@@ -207,11 +222,18 @@ def test_what_is_in_the_way_when_a_record_gets_its_name(files, monkeypatch, kind
             shutil.rmtree(files.path(1).parent if kind == "no directory" else files.home)
 
     with files.open(max_bytes=max_bytes) as store:
-        before_the_next_write(monkeypatch, interfere)
+        before_the_next_writes(monkeypatch, interfere)
         assert put(store, 1) == [STORED]
         assert get(store, 1) == [FOUND]
         assert put(store, 2, 3, 4, 5).count(STORED) == 4
     assert not files.temporaries()
+    assert counted_bytes(files) == (len(files.records()) * RECORD_BYTES if max_bytes else 0)
+
+
+def test_a_put_does_not_try_for_ever(files, store, monkeypatch):
+    before_the_next_writes(monkeypatch, *[lambda: shutil.rmtree(files.home)] * 10)
+    (result,) = store.put(page_hashes(1), filled(1))
+    assert result.outcome is FAILED and "others" in result.reason and not files.temporaries()
 
 
 def test_only_what_nobody_writes_is_cleaned(files, store, monkeypatch):
@@ -223,6 +245,6 @@ def test_only_what_nobody_writes_is_cleaned(files, store, monkeypatch):
         assert len(files.temporaries()) == 1 and not dead.exists()
         assert store.clear().outcome is REMOVED
 
-    before_the_next_write(monkeypatch, open_another)
+    before_the_next_writes(monkeypatch, open_another)
     assert put(store, 1) == [STORED]
     assert get(store, 1) == [FOUND] and not files.temporaries()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import re
 import stat
@@ -60,26 +61,33 @@ class Directory:
             return NOT_REGULAR
         return "" if num_bytes == self._record_bytes else f"{num_bytes} bytes instead of {self._record_bytes}"
 
-    def make_way(self, path: str) -> None:
-        """Removes what has a record's path and is none."""
-        with contextlib.suppress(FileNotFoundError):
+    def has(self, path: str) -> bool:
+        """Whether there may be a record. Something else that has its path is removed."""
+        try:
             status = os.lstat(path)
-            if self.fault(status.st_size if stat.S_ISREG(status.st_mode) else -1):
-                self.unlink(path)
+            if not self.fault(status.st_size if stat.S_ISREG(status.st_mode) else -1):
+                return True
+            self.unlink(path)
+        except FileNotFoundError:
+            pass
+        return False
 
     def unlink(self, path: str) -> None:
-        os.unlink(path) if self.limit is None else self.limit.unlink(path)
+        if self.limit:
+            self.limit.unlink(path)
+        else:
+            os.unlink(path)
 
-    def discard(self, file: OpenFile | None, temporary: str) -> None:
-        """Removes a file, if it is there, from tmp/, and then closes it, since its lock ends with that."""
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                self.unlink(temporary)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            if file:
-                file.close()
+    def discard(self, temporary: str, file: OpenFile | None, *, is_counted: bool) -> None:
+        """Removes a file, if it is there, from tmp/, then closes it, since its lock ends with that. Never fails: if the
+        limit's lock cannot be had, too much is counted until the next scan."""
+        with contextlib.suppress(OSError):
+            if self.limit and is_counted:
+                self.limit.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if file:
+            file.close()
 
     def clear(self) -> None:
         """Removes all records, and what writers that died left behind."""
@@ -146,18 +154,29 @@ class Limit:
         self._record_bytes = record_bytes
         self._max_bytes = max_bytes
         self._mutex = threading.Lock()
+        self._last_refusal = -math.inf
         self._oldest: list[tuple[int, str]] | None = None  # times and paths, the oldest at the end; None: no scan yet
+
+    def _deadline(self) -> float:
+        """Of a wait: none, right after one that was in vain, so that a batch waits once."""
+        now = time.monotonic()
+        return now if now - self._last_refusal < 1 else now + _PATIENCE_S
 
     def take(self, fd: int) -> None:
         """Makes room for a record and takes it for this empty file, which is as long as one from then on."""
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = self._deadline()
         while True:
             with self._locked() as usage:
                 if self._has_room(usage):
-                    os.ftruncate(fd, self._record_bytes)
-                    usage[0] += self._record_bytes
+                    usage[0] += self._record_bytes  # first: who is interrupted here has counted too much
+                    try:
+                        os.ftruncate(fd, self._record_bytes)
+                    except OSError:
+                        usage[0] -= self._record_bytes
+                        raise
                     return
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
+                self._last_refusal = time.monotonic()
                 raise OSError(errno.ENOSPC, "max_bytes are taken by records that are being written")
             time.sleep(1e-3)
 
@@ -204,14 +223,15 @@ class Limit:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[list[int]]:
         """The usage, to be changed in place. `OSError` if another process is too slow."""
-        deadline = time.monotonic() + _PATIENCE_S
         if not self._mutex.acquire(timeout=_PATIENCE_S):
             raise OSError(errno.ETIMEDOUT, "another thread holds the lock of the directory")
         try:
+            deadline = self._deadline()
             fd = os.open(f"{self._directory}/usage", os.O_RDWR | os.O_CREAT | _OURS, 0o600)
             try:
                 while not _try_lock(fd):
-                    if time.monotonic() > deadline:
+                    if time.monotonic() >= deadline:
+                        self._last_refusal = time.monotonic()
                         raise OSError(errno.ETIMEDOUT, "another process holds the lock of the directory")
                     time.sleep(1e-4)
                 data = os.pread(fd, _USAGE.size, 0)

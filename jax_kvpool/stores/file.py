@@ -24,6 +24,7 @@ threads.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import os
@@ -62,7 +63,7 @@ class FileStore(PageStore):
       max_bytes: of this namespace's records; no limit by default.
       sync: flush each record, and its name, before a put returns.
       depth: records that one call reads or writes at once; where the page cache has them, or is to take them, at most
-        one for each CPU.
+        one for each CPU. Of a put, twice as many files may be open, and room be taken.
       num_threads: threads of `submit`.
 
     Raises:
@@ -132,7 +133,9 @@ class FileStore(PageStore):
         paths, limit = self._paths(names), self._directory.limit
 
         def remove(queue: FileQueue, i: int) -> None:
-            queue.stat(i, paths[i]) if limit else queue.remove(i, paths[i])
+            # Under a limit what is not there is not to take its lock.
+            begin = queue.stat if limit else queue.remove
+            begin(i, paths[i])
 
         def removed(_: FileQueue, done: Done) -> Result:
             try:
@@ -202,77 +205,89 @@ class FileStore(PageStore):
             self._warn("O_DIRECT is refused: the page cache is used")
 
 
+@dataclasses.dataclass
+class _Record:
+    """One that is being put."""
+
+    path: str
+    temporary: str = ""  # its path in tmp/, from when its file may be there until that is done with
+    file: OpenFile | None = None
+    is_counted: bool = False  # by the limit
+    num_tries: int = 0
+
+
 class _Put:
     """A call of `put`: each record gets a file in tmp/, then that its bytes and its name."""
 
     def __init__(self, store: FileStore, names: Sequence[str], buffers: Sequence[Buffer]) -> None:
         self._store = store
         self._directory = store._directory
-        self._names, self._buffers, self._paths = names, buffers, store._paths(names)
-        self._num_tries = [0] * len(names)
-        self._temporaries: dict[int, str] = {}  # of records that are neither stored nor given up
-        self._files: dict[int, OpenFile] = {}  # the same, where they were made
+        self._names, self._buffers = names, buffers
+        self._records = [_Record(path) for path in store._paths(names)]
 
     def begin(self, queue: FileQueue, i: int) -> None:
-        self._num_tries[i] += 1
-        self._temporaries[i] = self._directory.new_temporary(self._names[i])
-        queue.create(i, self._temporaries[i], self._paths[i], self._store.record_bytes)
+        record = self._records[i]
+        record.num_tries += 1
+        record.temporary = self._directory.new_temporary(self._names[i])
+        queue.create(i, record.temporary, record.path, self._store.record_bytes)
 
     def go_on(self, queue: FileQueue, done: Done) -> Result | None:
-        i = done.index
+        record = self._records[done.index]
         try:
-            result = self._written(queue, done) if i in self._files else self._created(queue, done)
+            result = self._written(record, done) if record.file else self._created(record, queue, done)
+            if result is None and record.file is None:  # others took or removed a name, or the directories
+                if record.num_tries == _MAX_TRIES:
+                    raise OSError(errno.EBUSY, "others take or remove what it needs")
+                self.begin(queue, done.index)
         except Exception:
-            self._discard(i)
+            self._discard(record)
             raise
-        if result is not None:
-            self._files.pop(i, None)
-            del self._temporaries[i]
         return result
 
-    def _created(self, queue: FileQueue, done: Done) -> Result | None:
-        i, store = done.index, self._store
+    def _created(self, record: _Record, queue: FileQueue, done: Done) -> Result | None:
+        """`None` with a file: it is being written; without: again, please."""
+        if done.error:
+            record.temporary = ""  # not ours
         if done.error == errno.EEXIST:
             return Result(Outcome.EXISTS)
-        if done.error in (errno.ENOENT, errno.ESTALE):
-            self._begin_again(queue, done)
+        if done.error == errno.ESTALE:
+            return None
+        if done.error == errno.ENOENT:
+            self._directory.make()
             return None
         _check(done)
-        self._files[i] = file = done.file
+        record.file = done.file
         if self._directory.limit:
-            self._directory.limit.take(file.descriptor)
+            self._directory.limit.take(record.file.descriptor)
+            record.is_counted = True
+        store, i = self._store, done.index
         store._seal(self._names[i], self._buffers[i])
         queue.write(
-            i, file, self._temporaries[i], self._paths[i], self._buffers[i], is_direct=store._direct, sync=store._sync
+            i, record.file, record.temporary, record.path, self._buffers[i], is_direct=store._direct, sync=store._sync
         )
         return None
 
-    def _written(self, queue: FileQueue, done: Done) -> Result | None:
+    def _written(self, record: _Record, done: Done) -> Result | None:
+        """`None`: again, please."""
         self._store._see_whether_direct(done)
-        if done.error in (errno.EEXIST, errno.ENOENT):
-            self._directory.make_way(self._paths[done.index])
-            self._begin_again(queue, done)
-            return None
-        _check(done)
-        return Result(Outcome.STORED)
-
-    def _begin_again(self, queue: FileQueue, done: Done) -> None:
-        """Others took or removed a name, or the directories."""
-        self._discard(done.index)
+        if done.error not in (errno.EEXIST, errno.ENOENT):
+            _check(done)
+            record.temporary = ""  # it has its name
+            return Result(Outcome.STORED)
+        self._discard(record)
         if done.error == errno.ENOENT:
             self._directory.make()
-        if self._num_tries[done.index] == _MAX_TRIES:
-            _check(done)
-        self.begin(queue, done.index)
+        return Result(Outcome.EXISTS) if self._directory.has(record.path) else None
 
     def clean(self) -> None:
         """To be called when nothing works any more."""
-        for i in list(self._temporaries):
-            self._discard(i)
+        for record in self._records:
+            self._discard(record)
 
-    def _discard(self, i: int) -> None:
-        if i in self._temporaries:
-            self._directory.discard(self._files.pop(i, None), self._temporaries.pop(i))
+    def _discard(self, record: _Record) -> None:
+        if record.temporary:
+            self._directory.discard(record.temporary, record.file, is_counted=record.is_counted)
+            record.temporary, record.file, record.is_counted = "", None, False
 
 
 def _check(done: Done) -> None:
