@@ -18,7 +18,7 @@ from typing import Final
 
 from jax_kvpool._files import OpenFile
 
-__all__ = ["Directory"]
+__all__ = ["NOT_REGULAR", "Directory"]
 
 NOT_REGULAR: Final = "not a regular file"
 _SUBDIRECTORIES: Final = [f"{i:02x}" for i in range(256)]
