@@ -22,9 +22,6 @@ from jax_kvpool import DevicePool, PageSpec
 
 Params = dict[str, Any]
 
-KEYS_AT_A_TIME = 512
-"""Attention reads so many past tokens at once: its scores take B * heads * T * 512 floats however long the context."""
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -37,6 +34,8 @@ class ModelConfig:
     rope_theta: float
     dtype: str
     prefill_tokens: int  # the T of a prefill step
+    # Attention reads so many past tokens at once: its scores take B * heads * T * so many floats, whatever the context.
+    keys_at_a_time: int
     rms_epsilon: float = 1e-5
 
     @property
@@ -49,8 +48,8 @@ class ModelConfig:
 
 
 MODELS = {
-    "tiny": ModelConfig(128, 4, 4, 2, 384, 512, 10_000.0, "float32", prefill_tokens=128),
-    "8b": ModelConfig(4096, 32, 32, 8, 14_336, 128_256, 500_000.0, "bfloat16", prefill_tokens=512),
+    "tiny": ModelConfig(128, 4, 4, 2, 384, 512, 10_000.0, "float32", 128, keys_at_a_time=512),
+    "8b": ModelConfig(4096, 32, 32, 8, 14_336, 128_256, 500_000.0, "bfloat16", 512, keys_at_a_time=2048),
 }
 
 
@@ -176,7 +175,7 @@ def forward(
     # Padding must write nowhere; a -1 would wrap round to the last page.
     written = jnp.where(jnp.arange(num_new) < lengths[:, None], written, device.num_pages)
     rotate = _rope(config, positions)
-    attend = _paged_attention(positions, lengths, page_tables, page_size)
+    attend = _paged_attention(positions, lengths, page_tables, page_size, config.keys_at_a_time)
 
     def layer(carry: Any, weights: Params) -> tuple[Any, None]:
         x, k_pool, v_pool, index = carry
@@ -221,14 +220,14 @@ def _rope(config: ModelConfig, positions: jax.Array) -> Callable[[jax.Array], ja
 
 
 def _paged_attention(
-    positions: jax.Array, lengths: jax.Array, page_tables: jax.Array, page_size: int
+    positions: jax.Array, lengths: jax.Array, page_tables: jax.Array, page_size: int, keys_at_a_time: int
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
     """Causal attention of new tokens to all tokens before them, over the page table a few pages at a time.
 
     An online softmax (Milakov and Gimelshein 2018; FlashAttention) keeps the running maximum, sum and weighted values,
     so the memory does not grow with the context. The loop ends with the longest sequence of the batch.
     """
-    pages = min(max(KEYS_AT_A_TIME // page_size, 1), page_tables.shape[1])
+    pages = min(max(keys_at_a_time // page_size, 1), page_tables.shape[1])
     missing = -page_tables.shape[1] % pages
     tables = jnp.maximum(jnp.pad(page_tables, ((0, 0), (0, missing))), 0)  # whatever padding reads is masked
     num_groups = (jnp.max(positions[:, 0] + lengths) + pages * page_size - 1) // (pages * page_size)
@@ -237,13 +236,14 @@ def _paged_attention(
         batch, num_new, num_heads, dim = q.shape
         kv_heads = k_pool.shape[-2]
         q = (q * dim**-0.5).astype(q.dtype).reshape(batch, num_new, kv_heads, num_heads // kv_heads, dim)
+        q = q.transpose(0, 2, 3, 1, 4)  # (B, kv_heads, G, T, dim), so that the scores come out with S last
 
         def group(index: jax.Array, carry: Any) -> Any:
             maximum, total, values = carry  # (B, kv_heads, G, T), the same, (B, kv_heads, G, T, dim)
             ids = lax.dynamic_slice_in_dim(tables, index * pages, pages, axis=1)
             k = k_pool[layer, ids].reshape(batch, -1, kv_heads, dim)  # (B, S, kv_heads, dim)
             v = v_pool[layer, ids].reshape(batch, -1, kv_heads, dim)
-            scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+            scores = jnp.einsum("bkgtd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
             at = index * pages * page_size + jnp.arange(pages * page_size, dtype=jnp.int32)
             visible = (at <= positions[:, :, None])[:, None, None]  # (B, 1, 1, T, S)
             scores = jnp.where(visible, scores, -1e30)  # not -inf: a group may hold nothing for a row
