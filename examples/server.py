@@ -15,11 +15,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from model import ModelConfig, Params, forward
 
@@ -47,15 +49,30 @@ class Batch(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def step(
     config: ModelConfig, params: Params, device: DevicePool, host: HostPool, batch: Batch, loads: Pairs, stores: Pairs
-) -> tuple[jax.Array, DevicePool]:
-    """Loads prefixes, computes new tokens, stores pages. Returns the logits (B, vocab) and the device pool.
+) -> tuple[jax.Array, jax.Array, DevicePool]:
+    """Loads prefixes, computes new tokens, stores pages.
+
+    Returns the logits (B, vocab), the likeliest tokens, int32 (B,), and the device pool.
 
     `loads` and `stores`: int32 ids, padded with -1. The device pool is donated and returned, the host pool only passed.
     """
     device = load(device, host, *loads)
     logits, device = forward(config, params, device, *batch)
     device = store(device, host, *stores)
-    return logits, device
+    return logits, jnp.argmax(logits, axis=-1).astype(jnp.int32), device
+
+
+@jax.jit
+def row_of(logits: jax.Array, index: int) -> jax.Array:
+    return logits[index]
+
+
+class Computed(NamedTuple):
+    """What a step computed. The logits stay on the device: who needs a row reads that row."""
+
+    logits: jax.Array  # float32 (B, vocab), or (vocab,) of one row
+    tokens: np.ndarray  # int32 (rows,), the likeliest
+    seconds: float
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,6 +83,7 @@ class Request:
     # What the server makes of it:
     pages: np.ndarray | None = None  # device pages of prompt and output, while it runs
     output: list[int] = dataclasses.field(default_factory=list)
+    keeps_logits: bool = False
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # of each output token, while it runs
     num_loaded: int = 0  # pages
     num_stored: int = 0  # pages
@@ -157,24 +175,37 @@ class Server:
         for num_new in (config.prefill_tokens, 1):  # compiles both programs; nothing lies in page 0 yet
             self.step([([0], 0, [0])], num_new)
 
-    def run(self, requests: Sequence[Request], progress: Callable[[], Any] = lambda: None) -> None:
-        """Serves all requests in order; calls `progress` after each."""
+    def run(
+        self, requests: Sequence[Request], progress: Callable[[], Any] = lambda: None, seconds: float = math.inf
+    ) -> int:
+        """Serves the requests in order; calls `progress` after each.
+
+        After so many seconds it begins no more of them, and finishes those that run. Returns how many it served.
+        """
         waiting, running = collections.deque(requests), list[Request]()
+        num_served, end = 0, time.perf_counter() + seconds
         while waiting or running:
+            if time.perf_counter() >= end:
+                waiting.clear()
             if waiting and len(running) < MAX_RUNNING and self._start(waiting[0]):
                 running.append(waiting.popleft())
             elif running:
                 self._decode(running)
-            else:
+            elif waiting:
                 raise OutOfPagesError(f"{waiting[0].num_pages(self.page_size)} pages: more than the device pool has")
             for request in [r for r in running if len(r.output) == r.num_output]:
                 self.on_finished(request)
                 self.free_pages.free(request.pages)
                 request.pages, request.logits = None, []
                 running.remove(request)
+                num_served += 1
                 progress()
+        return num_served
 
-    # For who wants to look on: called after a step, while its pages are where they were.
+    def on_starting(self, request: Request) -> None:
+        """For who wants to look on: its prefix is known, nothing is computed. May set `keeps_logits`."""
+
+    # Called after a step, while its pages are where they were.
     def on_loaded(self, device_pages: Pages, host_pages: Pages) -> None: ...
     def on_stored(self, device_pages: Pages, host_pages: Pages) -> None: ...
     def on_finished(self, request: Request) -> None: ...
@@ -188,39 +219,41 @@ class Server:
         # At least the last token is computed, even if its page is known: its logits are what we want.
         host_pages = self.cache.match(request.prefixes[: (len(request.prompt) - 1) // self.page_size])
         request.num_loaded = len(host_pages)
+        self.on_starting(request)
         loads = request.pages[: len(host_pages)], host_pages
         finishing = [request] if request.num_output == 1 else []
-        logits, request.first_token_seconds = self.prefill(request.prompt, request.pages, loads, finishing)
-        self._append(request, logits)
+        logits, tokens, request.first_token_seconds = self.prefill(request.prompt, request.pages, loads, finishing)
+        request.output.append(int(tokens[0]))
+        if request.keeps_logits:
+            request.logits.append(np.asarray(logits))
         return True
 
     def prefill(
         self, prompt: np.ndarray, pages: np.ndarray, loads: Pairs = NO_PAGES, finishing: Sequence[Request] = ()
-    ) -> tuple[np.ndarray, float]:
-        """Loads a prefix and computes the rest of the prompt: the last logits (vocab,), and the seconds it took."""
+    ) -> Computed:
+        """Loads a prefix and computes the rest of the prompt: what comes after it, and the seconds of all steps."""
         begin, seconds = len(loads[0]) * self.page_size, 0.0
         starts = range(begin, len(prompt), self.config.prefill_tokens)
         for start in starts:
             tokens = prompt[start : start + self.config.prefill_tokens]
-            logits, step_seconds = self.step(
+            logits, next_tokens, step_seconds = self.step(
                 [(tokens, start, pages)],
                 self.config.prefill_tokens,
                 loads if start == starts[0] else NO_PAGES,
                 finishing if start == starts[-1] else (),
             )
             seconds += step_seconds
-        return logits[0], seconds
+        return Computed(row_of(logits, 0), next_tokens, seconds)
 
     def _decode(self, running: Sequence[Request]) -> None:
         """Computes the next token of every running request."""
         rows = [([r.output[-1]], len(r.prompt) + len(r.output) - 1, r.pages) for r in running]
-        logits, _ = self.step(rows, 1, finishing=[r for r in running if len(r.output) + 1 == r.num_output])
-        for request, row in zip(running, logits, strict=True):
-            self._append(request, row)
-
-    def _append(self, request: Request, logits: np.ndarray) -> None:
-        request.logits.append(logits)
-        request.output.append(int(logits.argmax()))
+        finishing = [r for r in running if len(r.output) + 1 == r.num_output]
+        logits, tokens, _ = self.step(rows, 1, finishing=finishing)
+        for i, request in enumerate(running):
+            request.output.append(int(tokens[i]))
+            if request.keeps_logits:
+                request.logits.append(np.asarray(row_of(logits, i)))
 
     def step(
         self,
@@ -228,10 +261,10 @@ class Server:
         num_new: int,
         loads: Pairs = NO_PAGES,
         finishing: Sequence[Request] = (),
-    ) -> tuple[np.ndarray, float]:
+    ) -> Computed:
         """Runs a step for rows of `(new tokens, position of the first, device pages)` and waits for it.
 
-        Stores what is new of the requests that finish with it. Returns the logits (rows, vocab) and the seconds.
+        Stores what is new of the requests that finish with it.
         """
         size = 1 if num_new > 1 else MAX_RUNNING
         batch = Batch(
@@ -252,15 +285,15 @@ class Server:
             request.num_stored = len(new)
 
         begin = time.perf_counter()
-        logits, self.device = step(
+        logits, next_tokens, self.device = step(
             self.config, self.params, self.device, self.host, batch, self._padded(loads), self._padded(stores)
         )
-        logits = np.asarray(logits)  # waits; when they are here, the stored pages have landed
+        next_tokens = np.asarray(next_tokens)  # waits; when they are here, the stored pages have landed
         seconds = time.perf_counter() - begin
         self.on_loaded(*loads)
         self.on_stored(*stores)
         self.cache.unpin()
-        return logits[: len(rows)], seconds
+        return Computed(logits, next_tokens[: len(rows)], seconds)
 
     def _padded(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
         """As many ids as the device pool has pages: the same program for any number."""

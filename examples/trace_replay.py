@@ -9,33 +9,53 @@ A block of the trace, 512 tokens, becomes one page of `--block-tokens` tokens, a
 tokens of a block are drawn from its hash id, so equal ids are equal tokens. Arrival times are ignored: as fast as it
 goes. The device pool holds a fraction of the working set; what is reused comes from the host pool.
 
-Every loaded page is compared byte for byte with what was stored (for that it is read back, outside of all timings), and
-every request with a prefix hit, or every `--check-every`-th, is computed again without the host pool. A difference
-raises `MismatchError`; the program says so and exits with 1.
+With `--block-tokens 512` nothing is scaled: pages and prompts are as long as the trace says. A part of the whole trace
+for four minutes of an H100 with 80 GB and 128 GB of host memory (a page is 64 MiB):
+
+    python examples/trace_replay.py --model 8b --trace examples/data/conversation_trace.jsonl.xz --conversations 60 \
+        --block-tokens 512 --max-output 32 --device-pages 300 --host-pages 1500 --prefill-tokens 2048 \
+        --seconds 240 --check-pages 0.2 --check-every 16
+
+Two checks, each of a sample. Pages: when a page is stored, a draw of `--check-pages` decides whether it is checked. If
+so, its bytes on the device are compared with those in the host pool, now and after every load, and with those that were
+stored. For that they are read back, outside of the times to the first token. Requests: every `--check-every`-th one
+with a prefix hit is computed again from its tokens alone. A difference raises `MismatchError`; the program says so and
+exits with 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
+import dataclasses
+import gzip
 import hashlib
+import itertools
 import json
+import lzma
+import math
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from model import MODELS, init_params, load_params
-from server import Pages, Request, Server
+from server import Pages, Request, Server, row_of
 
 from jax_kvpool import DevicePool, load, store
 
 TRACE = Path(__file__).parent / "data" / "conversation_trace_300.jsonl"
 TRACE_BLOCK_TOKENS = 512
+READ_BYTES = 64 << 20
+"""Device pages are read back so much at a time, or a page: the host has little memory to spare beside its pool."""
+SECONDS_BETWEEN_LINES = 10.0
+"""Of progress, where no terminal shows a bar."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Of the largest logit. Both ways run the same programs on the same tokens and bytes, so mostly nothing differs at all.
@@ -48,15 +68,33 @@ class MismatchError(RuntimeError):
     """A loaded page is not the stored page, or what was computed from it is not what recomputation gives."""
 
 
-def read_trace(path: Path, limit: int | None, page_size: int, max_output: int, vocab: int, seed: int) -> list[Request]:
-    """The first `limit` requests of a trace, scaled to pages of `page_size` tokens."""
+def read_trace(path: Path, conversations: int = 1, limit: int | None = None) -> list[dict[str, Any]]:
+    """The first `limit` requests of a trace, compressed (.gz, .xz) or plain, of one in so many conversations."""
+    open_file: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with open_file(path, "rt") as lines:
+        entries = map(json.loads, lines)
+        return list(itertools.islice((e for e in entries if conversation_hash(e) % conversations == 0), limit))
+
+
+def conversation_hash(entry: dict[str, Any]) -> int:
+    """Equal for all requests of a conversation: they share their second block. (Most of all share the first one.)
+
+    The same in every process. A request of one block counts by that one.
+    """
+    block: int = entry["hash_ids"][:2][-1]
+    return int.from_bytes(hashlib.blake2b(block.to_bytes(8), digest_size=8).digest())
+
+
+def requests_of(
+    entries: Iterable[dict[str, Any]], page_size: int, max_output: int, vocab: int, seed: int
+) -> list[Request]:
+    """Requests for lines of a trace, scaled to pages of `page_size` tokens."""
 
     def scaled(tokens: int) -> int:
         return max(-(-tokens * page_size // TRACE_BLOCK_TOKENS), 1)
 
     requests = []
-    for line in path.read_text().splitlines()[:limit]:
-        entry = json.loads(line)
+    for entry in entries:
         blocks, length = entry["hash_ids"], scaled(entry["input_length"])
         tokens = [np.random.default_rng((seed, block)).integers(0, vocab, page_size, np.int32) for block in blocks]
         prefixes, key = [], b""
@@ -75,53 +113,102 @@ def gather_pages(device: DevicePool, pages: jax.Array) -> dict[str, jax.Array]:
 
 
 class CheckedServer(Server):
-    """Raises `MismatchError` if a page or a logit is not what it ought to be."""
+    """Raises `MismatchError` if a page or a logit is not what it ought to be.
 
-    def __init__(self, *args: Any, check_every: int = 1) -> None:
-        self.check_every = check_every
-        self.digests: dict[int, bytes] = {}  # of what each host page was given
+    `check_pages`: the share of stored pages that are checked, now and when they are loaded. `check_every`: every so
+    many-th request with a prefix hit is computed again. `seed`: of the draw.
+    """
+
+    def __init__(self, *args: Any, check_pages: float = 1.0, check_every: int = 1, seed: int = 0) -> None:
+        self.check_pages, self.check_every = check_pages, check_every
+        self.draw = random.Random(seed)
+        self.digests: dict[int, list[bytes]] = {}  # of the slabs that a host page was given, if it is checked
         self.num_hits = self.num_logits = self.num_tokens = 0
+        self.num_loaded_checked = self.num_stored_checked = 0  # pages
         self.largest_difference = 0.0  # of logits, relative to the largest
+        self.check_seconds = 0.0
         self.seconds: list[tuple[float, float]] = []  # to the first token, with and without the host pool
         super().__init__(*args)
-        self.scratch = self.free_pages.allocate(self.max_request_pages)  # where requests are computed again
-        self.read_pages([0])  # compiles
+        # Comparing and hashing let go of the GIL, which is worth a thread for a slab of 100 KB or more.
+        is_large = self.device.spec.payload_bytes >= len(self.device.spec.slabs) * 100_000
+        self.map: Any = concurrent.futures.ThreadPoolExecutor().map if is_large else map
+        if check_pages:
+            list(self.read_pages([0]))  # compiles
 
-    def read_pages(self, pages: Pages) -> list[bytes]:
-        """The bytes of device pages: all slabs, in the order of a page record."""
-        contents, at_a_time = [], 32  # always so many: one program
+    def read_pages(self, pages: Pages) -> Iterator[list[np.ndarray]]:
+        """The bytes of device pages, one after another: all slabs, each uint8 of one dimension."""
+        spec = self.device.spec
+        at_a_time = min(max(READ_BYTES // spec.payload_bytes, 1), 32)  # always so many: one program
         for begin in range(0, len(pages), at_a_time):
             some = np.asarray(pages[begin : begin + at_a_time], np.int32)
             slabs = jax.device_get(gather_pages(self.device, np.resize(some, at_a_time)))
-            contents += [
-                b"".join(slabs[s.name][s.layer, i].tobytes() for s in self.device.spec.slabs) for i in range(len(some))
-            ]
-        return contents
+            for i in range(len(some)):
+                yield [slabs[s.name][s.layer, i].reshape(-1).view(np.uint8) for s in spec.slabs]
+
+    def digests_of(self, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[bytes]]]:
+        """The host pages of pairs `(device page, host page)`, which must be equal, and the digests of their slabs."""
+        for (_, page), slabs in zip(pairs, self.read_pages([device for device, _ in pairs]), strict=True):
+
+            def digest(spec: Any, on_device: np.ndarray, page: int = page) -> bytes:
+                in_host_pool = self.host.slab(page, spec.name, spec.layer).reshape(-1).view(np.uint8)
+                if not np.array_equal(on_device, in_host_pool):
+                    raise MismatchError(
+                        f"host page {page}, {spec.name} of layer {spec.layer}: its bytes are not the device page's"
+                    )
+                return hashlib.blake2b(on_device, digest_size=16).digest()
+
+            yield page, list(self.map(digest, self.device.spec.slabs, slabs))
 
     def on_stored(self, device_pages: Pages, host_pages: Pages) -> None:
-        for page, content in zip(host_pages, self.read_pages(device_pages), strict=True):
-            self.digests[page] = hashlib.blake2b(content).digest()
+        with self.checking():
+            pairs = []
+            for pair in zip(device_pages, host_pages, strict=True):
+                self.digests.pop(pair[1], None)  # of the page that was there before
+                if self.draw.random() < self.check_pages:
+                    pairs.append(pair)
+            self.digests.update(self.digests_of(pairs))
+            self.num_stored_checked += len(pairs)
 
     def on_loaded(self, device_pages: Pages, host_pages: Pages) -> None:
-        for page, content in zip(host_pages, self.read_pages(device_pages), strict=True):
-            if content != self.host.record(page)[: len(content)].tobytes():
-                raise MismatchError(f"host page {page}: the device page loaded from it has other bytes")
-            if hashlib.blake2b(content).digest() != self.digests[page]:
-                raise MismatchError(f"host page {page}: its bytes are not those that were stored")
+        with self.checking():
+            self.num_loaded_checked += self.check_loaded(device_pages, host_pages)
+
+    def check_loaded(self, device_pages: Pages, host_pages: Pages) -> int:
+        """Compares those pages whose digests were taken when they were stored, and counts them."""
+        pairs = [pair for pair in zip(device_pages, host_pages, strict=True) if pair[1] in self.digests]
+        for page, digests in self.digests_of(pairs):
+            for slab, digest, stored in zip(self.device.spec.slabs, digests, self.digests[page], strict=True):
+                if digest != stored:
+                    raise MismatchError(
+                        f"host page {page}, {slab.name} of layer {slab.layer}: its bytes are not those that were stored"
+                    )
+        return len(pairs)
+
+    def on_starting(self, request: Request) -> None:
+        if request.num_loaded:
+            self.num_hits += 1
+            request.keeps_logits = self.num_hits % self.check_every == 0
 
     def on_finished(self, request: Request) -> None:
         """Computes some requests again, without the host pool, and compares the logits of every output token."""
-        if not request.num_loaded:
+        if not request.keeps_logits:
             return
-        self.num_hits += 1
-        if self.num_hits % self.check_every:
-            return
-        logits, seconds = self.prefill(request.prompt, self.scratch)
-        self._compare(request, 0, logits)
-        for i in range(1, request.num_output):
-            row = [request.output[i - 1]], len(request.prompt) + i - 1, self.scratch
-            self._compare(request, i, self.step([row], 1)[0][0])
-        self.seconds.append((request.first_token_seconds, seconds))
+        with self.checking():
+            # In its own pages, which nobody needs any more: the pool may have no room for the longest request twice.
+            # Each has another place now, so whatever is not computed again is wrong.
+            pages = np.roll(request.pages, 1)
+            logits, _, seconds = self.prefill(request.prompt, pages)
+            self._compare(request, 0, np.asarray(logits))
+            for i in range(1, request.num_output):
+                row = [request.output[i - 1]], len(request.prompt) + i - 1, pages
+                self._compare(request, i, np.asarray(row_of(self.step([row], 1).logits, 0)))
+            self.seconds.append((request.first_token_seconds, seconds))
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.check_seconds += time.perf_counter() - begin
 
     def _compare(self, request: Request, index: int, expected: np.ndarray) -> None:
         what = f"output token {index} of a prompt of {len(request.prompt)} tokens"
@@ -152,11 +239,13 @@ class CheckedServer(Server):
                 self.device = jax.block_until_ready(copy(self.device, self.host, device_pages, host_pages))
                 seconds.append(time.perf_counter() - begin)
             medians.append(statistics.median(seconds[1:]))  # the first one compiles
-        self.on_loaded(device_pages, host_pages)
+        self.check_loaded(device_pages, host_pages)
         return medians[0], medians[1]
 
 
-def results(server: CheckedServer, requests: Sequence[Request], seconds: float) -> dict[str, Any]:
+def results(server: CheckedServer, all_requests: Sequence[Request], num_served: int, seconds: float) -> dict[str, Any]:
+    """What the report says; all of it but `trace_requests` is of the requests that were served, the first ones."""
+    requests = all_requests[:num_served]
     hits = [r for r in requests if r.num_loaded]
     page_bytes, num_loaded = server.device.spec.payload_bytes, sum(r.num_loaded for r in requests)
     num_stored = sum(r.num_stored for r in requests)
@@ -168,8 +257,10 @@ def results(server: CheckedServer, requests: Sequence[Request], seconds: float) 
         "page_bytes": page_bytes,
         "device_pages": server.device.num_pages,
         "host_pages": server.host.num_pages,
-        "requests": len(requests),
+        "trace_requests": len(all_requests),
+        "requests": num_served,
         "seconds": seconds,
+        "check_seconds": server.check_seconds,
         "prefix_hits": len(hits),
         "full_blocks": sum(len(r.prefixes) for r in requests),
         "tokens_computed": sum(len(r.prompt) for r in requests) - num_loaded * server.page_size,
@@ -184,6 +275,9 @@ def results(server: CheckedServer, requests: Sequence[Request], seconds: float) 
         "load_gb_per_second": num_copied * page_bytes / load_seconds / 1e9,
         "store_gb_per_second": num_copied * page_bytes / store_seconds / 1e9,
         "hit_first_token_ms": median_ms([r.first_token_seconds for r in hits]),
+        "check_pages": server.check_pages,
+        "pages_loaded_checked": server.num_loaded_checked,
+        "pages_stored_checked": server.num_stored_checked,
         "checked_requests": len(server.seconds),
         "with_pool_first_token_ms": median_ms(with_pool),
         "without_pool_first_token_ms": median_ms(without),
@@ -204,11 +298,12 @@ def table(r: dict[str, Any]) -> str:
     def milliseconds(key: str) -> str:
         return "-" if r[key] is None else f"{r[key]:.1f} ms"
 
-    share = r["tokens_saved"] / (r["tokens_saved"] + r["tokens_computed"])
+    share = r["tokens_saved"] / max(r["tokens_saved"] + r["tokens_computed"], 1)
     rows = {
         "device": r["device"],
         "pools": f"{r['device_pages']:,} device pages, {r['host_pages']:,} host pages, of {r['page_bytes']:,} bytes",
-        "requests": f"{r['requests']:,} in {r['seconds']:.1f} s, checks included",
+        "requests": f"{r['requests']:,} of {r['trace_requests']:,} in {r['seconds']:.1f} s, "
+        f"{r['check_seconds']:.1f} s of them checks",
         "prefix hits": f"{r['prefix_hits']:,} requests, {r['pages_loaded']:,} of {r['full_blocks']:,} full blocks",
         "prompt tokens computed": f"{r['tokens_computed']:,}",
         "prompt tokens saved": f"{r['tokens_saved']:,} ({share:.1%})",
@@ -220,7 +315,9 @@ def table(r: dict[str, Any]) -> str:
         "time to first token": f"{milliseconds('hit_first_token_ms')}, median of the {r['prefix_hits']:,} hits",
         "  with the host pool": f"{milliseconds('with_pool_first_token_ms')}, median of {r['checked_requests']} hits",
         "  without": f"{milliseconds('without_pool_first_token_ms')}, the same requests recomputed",
-        "checked pages": f"{r['pages_loaded']:,}: every loaded page is the stored page, byte for byte",
+        "checked pages": f"{r['pages_loaded_checked']:,} of {r['pages_loaded']:,} loaded, "
+        f"{r['pages_stored_checked']:,} of {r['pages_stored']:,} stored: right, byte for byte",
+        "computed again": f"{r['checked_requests']:,} of {r['prefix_hits']:,} hits",
         "checked logits": f"of {r['checked_logits']:,} tokens: differ by at most {r['largest_difference']:.1e} of the "
         f"largest (tolerance {r['tolerance']:.1e})",
         "checked greedy tokens": f"{r['checked_tokens']:,}, where the margin exceeds the tolerance: equal",
@@ -231,7 +328,10 @@ def table(r: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[], Any]]:
-    """Gives what to call after each of `total` requests. Uses tqdm if it is installed."""
+    """Gives what to call after each of `total` requests. On a terminal a bar, by tqdm if it is installed."""
+    if not sys.stderr.isatty():
+        yield progress_lines(total)
+        return
     try:
         from tqdm import tqdm
     except ImportError:
@@ -243,47 +343,84 @@ def progress_bar(total: int) -> Iterator[Callable[[], Any]]:
             yield bar.update
 
 
+def progress_lines(total: int) -> Callable[[], None]:
+    """As `progress_bar`, for a file or a pipe: a line now and then."""
+    done, shown = 0, time.monotonic()
+
+    def progress() -> None:
+        nonlocal done, shown
+        done += 1
+        if time.monotonic() - shown >= SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            print(f"{done} of {total} requests", file=sys.stderr, flush=True)
+
+    return progress
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     option = parser.add_argument
-    option("--trace", type=Path, default=TRACE, help=f"JSON lines (default: examples/data/{TRACE.name})")
-    option("--requests", type=int, help="how many of the trace (default: all)")
+    option("--trace", type=Path, default=TRACE, help=f"JSON lines, or .gz or .xz (default: examples/data/{TRACE.name})")
+    option("--conversations", type=positive, default=1, help="keep one in so many, whole ones (default: 1, all)")
+    option("--requests", type=positive, help="how many of these (default: all)")
+    option("--seconds", type=float, default=math.inf, help="begin no more requests after so many (default: never)")
     option("--model", choices=MODELS, default="tiny", help="(default: tiny)")
     option("--weights", type=Path, help="a safetensors file of Llama layout or a directory of them (default: random)")
-    option("--block-tokens", type=int, default=16, help="tokens for a block of 512: the page size (default: 16)")
-    option("--max-output", type=int, default=8, help="generate at most so many tokens a request (default: 8)")
-    option("--device-pages", type=int, help="(default: an eighth of the distinct full blocks)")
-    option("--host-pages", type=int, help="(default: three fifths of the distinct full blocks)")
-    option("--check-every", type=int, default=1, help="compute every so many-th hit again (default: 1)")
+    option("--block-tokens", type=positive, default=16, help="tokens for a block of 512: the page size (default: 16)")
+    option("--max-output", type=positive, default=8, help="generate at most so many tokens a request (default: 8)")
+    option("--prefill-tokens", type=positive, help="prompt tokens a step (default: the model's, 128 or 512)")
+    option("--device-pages", type=positive, help="(default: an eighth of the distinct full blocks)")
+    option("--host-pages", type=positive, help="(default: three fifths of the distinct full blocks)")
+    option("--check-pages", type=share, help="the share of pages to check (default: 1 for the tiny model, else 0.1)")
+    option("--check-every", type=positive, default=1, help="compute every so many-th hit again (default: 1)")
     option("--seed", type=int, default=0, help="of weights and tokens (default: 0)")
     option("--json", type=Path, help="a file to write the results to")
     return parser.parse_args(arguments)
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return number
+
+
+def share(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to 1, got {text}")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     config = MODELS[args.model]
-    requests = read_trace(args.trace, args.requests, args.block_tokens, args.max_output, config.vocab, args.seed)
+    if args.prefill_tokens:
+        config = dataclasses.replace(config, prefill_tokens=args.prefill_tokens)
+    entries = read_trace(args.trace, args.conversations, args.requests)
+    if not entries:
+        sys.exit(f"--conversations: {args.trace} has none left with one in {args.conversations}")
+    requests = requests_of(entries, args.block_tokens, args.max_output, config.vocab, args.seed)
     num_blocks = len({key for r in requests for key in r.prefixes})
     longest = max(r.num_pages(args.block_tokens) for r in requests)
-    # Twice the longest request: once to serve it, once to compute it again.
     device_pages = args.device_pages or max(num_blocks // 8, 2 * longest)
     host_pages = args.host_pages or max(num_blocks * 3 // 5, 1)
-    if device_pages < 2 * longest:
-        sys.exit(f"--device-pages: expected {2 * longest} or more, twice the longest request, got {device_pages}")
+    if device_pages < longest:
+        sys.exit(f"--device-pages: expected {longest} or more, as the longest request needs, got {device_pages}")
+    check_pages = args.check_pages
+    if check_pages is None:
+        check_pages = 1.0 if args.model == "tiny" else 0.1
     print(
         f"{args.model} model, {len(requests)} requests of at most {longest} pages, {num_blocks:,} distinct full blocks"
     )
 
     params = load_params(config, args.weights) if args.weights else init_params(config, args.seed)
-    server = CheckedServer(
-        config, params, args.block_tokens, longest, device_pages, host_pages, check_every=args.check_every
-    )
+    sizes = args.block_tokens, longest, device_pages, host_pages
+    checks = {"check_pages": check_pages, "check_every": args.check_every, "seed": args.seed}
+    server = CheckedServer(config, params, *sizes, **checks)
     begin = time.perf_counter()
     try:
         with progress_bar(len(requests)) as progress:
-            server.run(requests, progress)
-        result = results(server, requests, time.perf_counter() - begin)
+            num_served = server.run(requests, progress, args.seconds)
+        result = results(server, requests, num_served, time.perf_counter() - begin)
     except MismatchError as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1

@@ -1,10 +1,14 @@
 """The examples run, and the replay's checks find what they are there to find."""
 
+import collections
 import dataclasses
+import gzip
 import json
+import lzma
 import random
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -21,6 +25,7 @@ import server  # noqa: E402
 import trace_replay  # noqa: E402
 
 TINY = model.MODELS["tiny"]
+WHOLE_TRACE = EXAMPLES / "data" / "conversation_trace.jsonl.xz"
 SMALL_RUN = ["--requests", "100", "--block-tokens", "4", "--max-output", "3", "--check-every", "8"]
 
 
@@ -33,6 +38,69 @@ def test_the_shipped_trace():
     lines = [json.loads(line) for line in trace_replay.TRACE.read_text().splitlines()]
     assert len(lines) == 300
     assert all(len(line["hash_ids"]) == -(-line["input_length"] // 512) >= 2 for line in lines)
+
+
+def test_the_whole_trace():
+    """The shipped selection is what its README says, of the trace that is shipped compressed."""
+    lines = lzma.decompress(WHOLE_TRACE.read_bytes()).decode().splitlines()
+    assert len(lines) == 12_031
+    blocks = [json.loads(line)["hash_ids"] for line in lines]
+    seen = collections.Counter(ids[1] for ids in blocks if len(ids) > 1)
+    selected = [line for line, ids in zip(lines, blocks, strict=True) if len(ids) > 1 and seen[ids[1]] > 1]
+    assert selected[:300] == trace_replay.TRACE.read_text().splitlines()
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz"])
+def test_a_compressed_trace_is_the_plain_one(tmp_path, suffix):
+    text = trace_replay.TRACE.read_bytes()
+    path = tmp_path / f"trace{suffix}"
+    path.write_bytes({".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.xz": lzma.compress}[suffix](text))
+    assert trace_replay.read_trace(path) == [json.loads(line) for line in text.splitlines()]
+    assert trace_replay.read_trace(path, limit=7) == trace_replay.read_trace(path)[:7]
+
+
+@pytest.mark.parametrize("conversations", [60, 1156])
+def test_a_part_of_the_trace_keeps_whole_conversations(conversations):
+    def second_block(entry):
+        return entry["hash_ids"][1] if len(entry["hash_ids"]) > 1 else entry["hash_ids"][0]
+
+    every = trace_replay.read_trace(WHOLE_TRACE)
+    kept = trace_replay.read_trace(WHOLE_TRACE, conversations)
+    conversations_kept = {second_block(entry) for entry in kept}
+    assert kept == [entry for entry in every if second_block(entry) in conversations_kept]
+    assert len(kept) == {60: 222, 1156: 6}[conversations]  # the same in every process, on every machine
+    expected = len({second_block(entry) for entry in every}) / conversations
+    assert abs(len(conversations_kept) - expected) < 3 * expected**0.5
+
+
+def test_nothing_is_scaled_at_512_tokens():
+    entries = trace_replay.read_trace(WHOLE_TRACE, 60, 40)
+    tokens_of = {}
+    for entry, request in zip(entries, trace_replay.requests_of(entries, 512, 32, 1000, seed=0), strict=True):
+        assert len(request.prompt) == entry["input_length"]
+        assert request.num_output == min(entry["output_length"], 32)
+        assert len(request.prefixes) == entry["input_length"] // 512
+        for block, begin in zip(entry["hash_ids"], range(0, len(request.prompt), 512), strict=True):
+            tokens = request.prompt[begin : begin + 512]
+            known = tokens_of.setdefault(block, tokens)
+            np.testing.assert_array_equal(tokens, known[: len(tokens)])
+    assert len({tokens[:8].tobytes() for tokens in tokens_of.values()}) == len(tokens_of)
+
+
+def test_replay_at_real_size(tmp_path, capsys):
+    """Device pages for one longest request, so that no two fit at once, and for no second one to be computed in."""
+    options = ["--trace", str(WHOLE_TRACE), "--conversations", "1156", "--block-tokens", "512", "--max-output", "3"]
+    pools, path = ["--device-pages", "6", "--host-pages", "4"], tmp_path / "results.json"
+    assert trace_replay.main([*options, *pools, "--prefill-tokens", "512", "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    assert results["page_bytes"] == 1 << 20
+    assert results["requests"] == results["trace_requests"] == 6
+    assert results["tokens_computed"] + results["tokens_saved"] == 11_072
+    assert results["checked_requests"] == results["prefix_hits"] >= 4
+    assert results["pages_loaded_checked"] == results["pages_loaded"] > 4
+    assert results["pages_stored_checked"] == results["pages_stored"] > results["pages_evicted"] > 0
+    with pytest.raises(SystemExit, match="--device-pages: expected 6 or more"):
+        trace_replay.main([*options, "--device-pages", "5"])
 
 
 def test_replay(tmp_path, capsys):
@@ -52,7 +120,7 @@ def test_replay(tmp_path, capsys):
 def test_the_prefix_alone_needs_the_last_page_again():
     """A prompt that is known to its last token loads all but its last page."""
     requests = [request_of(range(24)) for _ in range(2)]
-    trace_replay.CheckedServer(TINY, model.init_params(TINY, 0), 8, 4, 8, 8, check_every=1).run(requests)
+    trace_replay.CheckedServer(TINY, model.init_params(TINY, 0), 8, 4, 4, 8, check_every=1).run(requests)
     assert [(r.num_loaded, r.num_stored) for r in requests] == [(0, 3), (2, 0)]
     assert requests[0].output == requests[1].output
 
@@ -82,6 +150,32 @@ def test_two_servers_share_a_prefix(where, tmp_path, capsys):
     assert results["second"]["num_found"] == results["second"]["num_pages"] == 16
 
 
+def test_a_run_of_so_many_seconds(monkeypatch):
+    """It begins nothing afterwards, and finishes what it began."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(server, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
+    requests = [request_of(np.random.default_rng(i).integers(0, 512, 45)) for i in range(12)]
+    plain = server.Server(TINY, model.init_params(TINY, 0), 8, 6, 12, 20)
+    finished = []
+    num_served = plain.run(requests, lambda: finished.append(None), seconds=20)
+    assert 1 < num_served < 12
+    assert len(finished) == num_served
+    assert [len(r.output) for r in requests] == [2] * num_served + [0] * (12 - num_served)
+    assert plain.free_pages.num_free == 12
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """A line now and then: requests take a second each here."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(trace_replay, "time", types.SimpleNamespace(monotonic=lambda: next(seconds) / 2))
+    with trace_replay.progress_bar(100) as progress:
+        for _ in range(100):
+            progress()
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 <= len(lines) <= 10
+    assert all(line.endswith(" of 100 requests") for line in lines)
+
+
 def request_of(tokens):
     tokens = np.array(tokens, np.int32)
     prefixes = [tokens[: end + 8].tobytes() for end in range(0, len(tokens) - 7, 8)]
@@ -91,10 +185,10 @@ def request_of(tokens):
 class TestChecks:
     """One byte, or one page, changes in host memory between store and load."""
 
-    def serve(self, corrupt, kind=trace_replay.CheckedServer, dtype="float32"):
+    def serve(self, corrupt, kind=trace_replay.CheckedServer, dtype="float32", **checks):
         config = dataclasses.replace(TINY, dtype=dtype)
         prompt = np.random.default_rng(0).integers(0, config.vocab, 45)
-        checked = kind(config, model.init_params(config, 0), 8, 6, 12, 20, check_every=1)
+        checked = kind(config, model.init_params(config, 0), 8, 6, 12, 20, **checks)
         checked.run([request_of(prompt)])
         corrupt(checked.host, list(checked.cache.pages.values()))
         checked.run([request_of(prompt)])
@@ -112,6 +206,82 @@ class TestChecks:
 
         with pytest.raises(trace_replay.MismatchError, match="not those that were stored"):
             self.serve(flip)
+
+    @pytest.mark.parametrize(("slab", "which"), [("k", 0), ("v", -1)])
+    @pytest.mark.parametrize("is_checked", [True, False])
+    def test_a_byte_flips_in_a_sample(self, is_checked, slab, which):
+        """Of a checked page it is seen, whichever byte; of another it is not: nobody looks at that page."""
+
+        def flip(host, pages):
+            checked_pages = [page for page in pages if page in servers[-1].digests]
+            assert 1 < len(checked_pages) < len(pages)
+            page = (checked_pages if is_checked else sorted(set(pages) - set(checked_pages)))[which]
+            host.slab(page, slab, 3, writable=True).reshape(-1).view(np.uint8)[-1] ^= 1
+
+        def kind(*args, **checks):
+            servers.append(trace_replay.CheckedServer(*args, **checks))
+            return servers[-1]
+
+        servers = []
+        checks = {"check_pages": 0.5, "check_every": 10**9}
+        if is_checked:
+            with pytest.raises(trace_replay.MismatchError, match=f"{slab} of layer 3: .* those that were stored"):
+                self.serve(flip, kind, **checks)
+        else:
+            checked = self.serve(flip, kind, **checks)
+            assert 0 < checked.num_loaded_checked == checked.num_stored_checked < 5
+            assert checked.num_logits == 0
+
+    def test_a_store_that_goes_wrong(self):
+        """Seen when it is stored, whether the page is ever loaded or not."""
+
+        class Wrong(trace_replay.CheckedServer):
+            def on_stored(self, device_pages, host_pages):
+                for page in host_pages:
+                    self.host.record(page, writable=True)[0] ^= 1
+                super().on_stored(device_pages, host_pages)
+
+        with pytest.raises(trace_replay.MismatchError, match="k of layer 0: its bytes are not the device page's"):
+            self.serve(lambda host, pages: None, Wrong)
+
+    def test_without_checks_nothing_is_read(self):
+        class Busy(trace_replay.CheckedServer):
+            def read_pages(self, pages):
+                assert not len(pages), "pages are read back"
+                return iter(())
+
+        checked = self.serve(lambda host, pages: None, Busy, check_pages=0.0, check_every=10**9)
+        assert not checked.digests
+        assert checked.num_loaded_checked == checked.num_stored_checked == checked.num_logits == 0
+
+    def test_a_host_page_that_is_no_longer_checked(self):
+        """The digest goes with the page that it is of: the next one in its place may not be checked."""
+        checked = trace_replay.CheckedServer(TINY, model.init_params(TINY, 0), 8, 6, 12, 20)
+        draws = [0.0] * 5 + [1.0] * 20  # the first prompt is checked; the fifth one takes its place
+        checked.check_pages, checked.draw = 0.5, types.SimpleNamespace(random=iter(draws).__next__)
+        prompts = np.random.default_rng(0).integers(0, 512, (5, 45))
+        checked.run([request_of(prompt) for prompt in prompts[:4]])
+        assert len(checked.digests) == 5
+        checked.run([request_of(prompts[4])])
+        assert not checked.digests
+        checked.run([request_of(prompts[4])])
+        assert checked.cache.num_evicted == 5
+        assert checked.num_hits == 1
+
+    def test_recomputation_must_compute(self):
+        """The keys and values that a request leaves in its pages are none that recomputation could take for its own."""
+
+        class Lazy(trace_replay.CheckedServer):
+            def on_finished(self, request):
+                def prefill(prompt, pages):  # nothing of the first two pages
+                    return compute(prompt, pages, (pages[:2], [-1, -1]))
+
+                compute, self.prefill = self.prefill, prefill
+                super().on_finished(request)
+                self.prefill = compute
+
+        with pytest.raises(trace_replay.MismatchError, match="recomputed logits"):
+            self.serve(lambda host, pages: None, Lazy)
 
     def test_logits_show_a_wrong_page(self):
         """Were the bytes not compared, recomputation would still find it. But not two pages swapped: keys carry their
