@@ -25,6 +25,8 @@ struct Bytes {
   int64_t bytes;
 };
 
+inline bool Overlap(const Bytes& a, const Bytes& b) { return a.data < b.data + b.bytes && b.data < a.data + a.bytes; }
+
 struct CopyOperands {
   Bytes host;
   std::vector<Bytes> arrays;    // of the device pool

@@ -17,31 +17,39 @@ namespace ffi = ::xla::ffi;
 using HostArray = ffi::Buffer<ffi::U8, 2>;  // (num_pages, page_bytes), in host memory
 using PageIds = ffi::Buffer<ffi::S32, 1>;   // (num_pairs,)
 using Scalar = ffi::Buffer<ffi::S32, 0>;
-using Scratch = ffi::Buffer<ffi::U8, 1>;  // device memory for the time of the call: staging, or a copy of ids
+using Scratch = ffi::Buffer<ffi::U8, 1>;  // device memory: staging, and behind it copies of ids
 using Integers = ffi::Span<const int64_t>;
 
 inline ffi::Error FailedPrecondition(std::string message) {
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_kvpool: " + std::move(message));
 }
 
+// Binds the memory that later calls take in place: an operand, uninitialised but for what a platform says.
+template <typename Binding>
+auto BindScratch(Binding binding) {
+  return std::move(binding)
+      .RemainingArgs()  // what tells two of them apart
+      .template Ret<Scratch>();
+}
+
 // Binds the operands of a load or store to a platform's own (a stream, or nothing).
-// A store changes the host pool although it is an operand. What orders the calls is the arrays of the device pool:
-// each call takes them and returns them, aliased, and the bytes of a slab in the host pool are touched only by calls
-// on the array that holds the same slab.
+// A store changes the host pool although it is an operand. What orders the calls is the arrays of the device pool: each
+// call takes all that it concerns, a load returns them, aliased, and a store returns the last one. The bytes of a slab in
+// the host pool are touched only by calls on the array that holds the same slab.
 template <typename Binding>
 auto BindOperands(Binding& binding) {
   return std::move(binding)
       .template Arg<HostArray>()
       .template Arg<PageIds>()  // device_pages
       .template Arg<PageIds>()  // host_pages
-      .template Arg<Scalar>()   // layer
-      .RemainingArgs();         // the arrays of the device pool
+      .template Arg<Scalar>();  // layer
 }
 
 template <typename Binding>
 auto BindCopy(Binding binding) {
   return BindOperands(binding)
-      .RemainingRets()  // the same arrays
+      .RemainingArgs()  // the arrays of the device pool
+      .RemainingRets()  // the same arrays, or the last one
       .template Attr<Integers>("plan")
       .template Attr<int64_t>("max_blocks");
 }
@@ -50,13 +58,15 @@ auto BindCopy(Binding binding) {
 template <typename Binding>
 auto BindCopyByEngine(Binding binding) {
   return BindOperands(binding)
+      .template Arg<Scratch>()
+      .RemainingArgs()  // the arrays of the device pool
       .template Ret<Scratch>()
-      .RemainingRets()  // the same arrays
+      .RemainingRets()  // the same arrays, or the last one
       .template Attr<Integers>("plan")
       .template Attr<int64_t>("max_blocks");
 }
 
-// Binds the start of a load and a store, of which either may be empty.
+// Binds the start of a load and a store, of which either may be empty. The call is made twice: see overlap.py.
 template <typename Binding>
 auto BindStart(Binding binding) {
   return std::move(binding)
@@ -65,59 +75,71 @@ auto BindStart(Binding binding) {
       .template Arg<PageIds>()
       .template Arg<PageIds>()  // of the store
       .template Arg<PageIds>()
-      .RemainingArgs()  // the arrays of the device pool, then what must not be computed with before
+      .template Arg<Scratch>()  // whose address the waits know the start by, so that they are all done or none
+      .RemainingArgs()          // the arrays of the device pool, then what must not be computed with before
       .template Ret<Scratch>()
-      .template Ret<Scalar>()  // a token that the waits pass on, so that they keep their order and are all done or none
-      .RemainingRets()         // the same arrays
+      .RemainingRets()  // the same
       .template Attr<Integers>("load_plan")
       .template Attr<Integers>("store_plan")          // of the same stages
       .template Attr<Integers>("wait_stages")         // the last stage that each wait waits for
-      .template Attr<int64_t>("load_scratch_bytes")   // at the beginning of the scratch, the store's at its end; 0 if
-      .template Attr<int64_t>("store_scratch_bytes")  // their ids are in device memory
+      .template Attr<int64_t>("load_scratch_bytes")   // at the beginning of the scratch
+      .template Attr<int64_t>("store_scratch_bytes")  // behind it
       .template Attr<int64_t>("max_load_blocks")
       .template Attr<int64_t>("max_store_blocks");
 }
 
-// Binds a wait: its last operands are its results, the others are there for order, or to stay alive until here. One
-// without arrays of the device pool is the end: all that it does is to make whoever uses a result use all waits.
+// Binds a wait: what it returns are its first operands, the others are there for order.
 template <typename Binding>
 auto BindWait(Binding binding) {
   return std::move(binding)
-      .RemainingArgs()
-      .RemainingRets()                     // arrays of the device pool first
+      .template Arg<Scratch>()
+      .RemainingArgs()  // arrays of the device pool, then what comes before the wait
+      .template Ret<Scratch>()
+      .RemainingRets()                     // the arrays
       .template Attr<Integers>("arrays");  // which of the start's they are
 }
 
-inline Bytes AsBytes(Scratch& scratch) {
+inline Bytes AsBytes(const Scratch& scratch) {
   return {reinterpret_cast<char*>(scratch.typed_data()), static_cast<int64_t>(scratch.size_bytes())};
 }
 
 inline std::span<const int64_t> AsSpan(Integers integers) { return {integers.begin(), integers.size()}; }
 
-// The arrays of the device pool, each of them operand and result of the call at the same address.
-inline ffi::ErrorOr<std::vector<Bytes>> InPlace(ffi::RemainingArgs arrays, ffi::RemainingRets results) {
+// The arrays of a call. Each result is an operand at the same address: from the first one on, or for a store the last.
+inline ffi::ErrorOr<std::vector<Bytes>> InPlace(ffi::RemainingArgs arrays, ffi::RemainingRets results,
+                                                bool is_store = false) {
   if (arrays.size() < results.size()) return ffi::Unexpected(FailedPrecondition("more results than operands"));
-  std::vector<Bytes> in_place;
-  const size_t skipped = arrays.size() - results.size();
-  for (size_t i = 0; i < results.size(); ++i) {
-    const auto array = arrays.get<ffi::AnyBuffer>(skipped + i);
-    auto result = results.get<ffi::AnyBuffer>(i);
+  std::vector<Bytes> all;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const auto array = arrays.get<ffi::AnyBuffer>(i);
     if (array.has_error()) return ffi::Unexpected(array.error());
+    all.push_back({static_cast<char*>(array->untyped_data()), static_cast<int64_t>(array->size_bytes())});
+  }
+  const size_t skipped = is_store ? arrays.size() - results.size() : 0;
+  for (size_t i = 0; i < results.size(); ++i) {
+    auto result = results.get<ffi::AnyBuffer>(i);
     if (result.has_error()) return ffi::Unexpected(result.error());
-    if (array->untyped_data() != (*result)->untyped_data()) {
-      return ffi::Unexpected(FailedPrecondition("device pool: array " + std::to_string(i) +
+    if (all[skipped + i].data != (*result)->untyped_data()) {
+      return ffi::Unexpected(FailedPrecondition("device pool: array " + std::to_string(skipped + i) +
                                                 " was not updated in place: XLA broke the alias of this call"));
     }
-    in_place.push_back({static_cast<char*>(array->untyped_data()), static_cast<int64_t>(array->size_bytes())});
   }
-  return in_place;
+  return all;
+}
+
+// The scratch of a call, which is its result at the same address.
+inline ffi::ErrorOr<Bytes> InPlace(const Scratch& scratch, ffi::Result<Scratch>& result) {
+  if (scratch.untyped_data() != result->untyped_data()) {
+    return ffi::Unexpected(FailedPrecondition("the scratch of a call was copied: XLA broke the alias of this call"));
+  }
+  return AsBytes(scratch);
 }
 
 // The operands of a call as the copies need them, checked.
 inline ffi::ErrorOr<CopyOperands> CheckOperands(const LiveMemory& live, const HostArray& host,
                                                 const PageIds& device_pages, const PageIds& host_pages,
                                                 const int32_t* layer, ffi::RemainingArgs arrays,
-                                                ffi::RemainingRets results, Integers plan) {
+                                                ffi::RemainingRets results, Integers plan, bool is_store = false) {
   if (!live.Contains(host.untyped_data(), static_cast<int64_t>(host.size_bytes()))) {
     return ffi::Unexpected(FailedPrecondition(
         "the host pool of this call is not the memory of an open HostMemory. It was closed, or the array was copied "
@@ -127,7 +149,7 @@ inline ffi::ErrorOr<CopyOperands> CheckOperands(const LiveMemory& live, const Ho
   if (device_pages.element_count() != host_pages.element_count()) {
     return ffi::Unexpected(FailedPrecondition("device_pages and host_pages differ in length"));
   }
-  auto in_place = InPlace(arrays, results);
+  auto in_place = InPlace(arrays, results, is_store);
   if (in_place.has_error()) return ffi::Unexpected(in_place.error());
   if (in_place->size() > NumArrays(AsSpan(plan))) in_place->resize(NumArrays(AsSpan(plan)));
   return CopyOperands{

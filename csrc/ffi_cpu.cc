@@ -14,38 +14,52 @@ ffi::Error CopyNow(const CopyOperands& operands, Direction direction, Integers p
 template <Direction direction>
 ffi::Error CopyCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer, ffi::RemainingArgs arrays,
                    ffi::RemainingRets results, Integers plan, int64_t /*max_blocks*/) {
-  auto operands =
-      CheckOperands(GetLiveMemory(), host, device_pages, host_pages, layer.typed_data(), arrays, results, plan);
+  auto operands = CheckOperands(GetLiveMemory(), host, device_pages, host_pages, layer.typed_data(), arrays, results,
+                                plan, direction == Direction::kStore);
   if (operands.has_error()) return operands.error();
   return CopyNow(*operands, direction, plan);
 }
 
 // There is no copy engine: ids in host memory are ids.
 template <Direction direction>
-ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer,
-                           ffi::RemainingArgs arrays, ffi::Result<Scratch> /*scratch*/, ffi::RemainingRets results,
+ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer, Scratch /*scratch*/,
+                           ffi::RemainingArgs arrays, ffi::Result<Scratch> /*same*/, ffi::RemainingRets results,
                            Integers plan, int64_t max_blocks) {
   return CopyCpu<direction>(host, device_pages, host_pages, layer, arrays, results, plan, max_blocks);
 }
 
-// Copies at once.
+// What a flight's scratch begins with: how often it was started.
+int64_t& NumStarts(const Bytes& scratch) { return *reinterpret_cast<int64_t*>(scratch.data); }
+
+ffi::Error ScratchCpu(ffi::RemainingArgs /*operands*/, ffi::Result<Scratch> scratch) {
+  const Bytes bytes = AsBytes(*scratch);
+  if (bytes.bytes < static_cast<int64_t>(sizeof(int64_t))) return FailedPrecondition("the scratch is too small");
+  NumStarts(bytes) = 0;
+  return ffi::Error::Success();
+}
+
+// Copies at once, the first time.
 ffi::Error StartCpu(HostArray host, PageIds load_device_pages, PageIds load_host_pages, PageIds store_device_pages,
-                    PageIds store_host_pages, ffi::RemainingArgs arrays, ffi::Result<Scratch> /*scratch*/,
-                    ffi::Result<Scalar> token, ffi::RemainingRets results, Integers load_plan, Integers store_plan,
-                    Integers /*wait_stages*/, int64_t /*load_scratch_bytes*/, int64_t /*store_scratch_bytes*/,
-                    int64_t /*max_load_blocks*/, int64_t /*max_store_blocks*/) {
+                    PageIds store_host_pages, Scratch scratch, ffi::RemainingArgs arrays, ffi::Result<Scratch> same,
+                    ffi::RemainingRets results, Integers load_plan, Integers store_plan, Integers /*wait_stages*/,
+                    int64_t /*load_scratch_bytes*/, int64_t /*store_scratch_bytes*/, int64_t /*max_load_blocks*/,
+                    int64_t /*max_store_blocks*/) {
   auto stored =
       CheckOperands(GetLiveMemory(), host, store_device_pages, store_host_pages, nullptr, arrays, results, store_plan);
   if (stored.has_error()) return stored.error();
   auto loaded =
       CheckOperands(GetLiveMemory(), host, load_device_pages, load_host_pages, nullptr, arrays, results, load_plan);
   if (loaded.has_error()) return loaded.error();
-  *token->typed_data() = 0;
+  const auto flight = InPlace(scratch, same);
+  if (flight.has_error()) return flight.error();
+  if (NumStarts(*flight)++ > 0) return ffi::Error::Success();
   if (auto error = CopyNow(*stored, Direction::kStore, store_plan); error.failure()) return error;
   return CopyNow(*loaded, Direction::kLoad, load_plan);
 }
 
-ffi::Error WaitCpu(ffi::RemainingArgs operands, ffi::RemainingRets results, Integers /*arrays*/) {
+ffi::Error WaitCpu(Scratch scratch, ffi::RemainingArgs operands, ffi::Result<Scratch> same, ffi::RemainingRets results,
+                   Integers /*arrays*/) {
+  if (const auto flight = InPlace(scratch, same); flight.has_error()) return flight.error();
   const auto in_place = InPlace(operands, results);
   return in_place.has_error() ? in_place.error() : ffi::Error::Success();
 }
@@ -57,6 +71,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadCpu, kvpool::CopyCpu<kvpool::Direction::
                               kvpool::BindCopy(xla::ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreCpu, kvpool::CopyCpu<kvpool::Direction::kStore>,
                               kvpool::BindCopy(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolScratchCpu, kvpool::ScratchCpu, kvpool::BindScratch(xla::ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStartCpu, kvpool::StartCpu, kvpool::BindStart(xla::ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolWaitCpu, kvpool::WaitCpu, kvpool::BindWait(xla::ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadByEngineCpu, kvpool::CopyByEngineCpu<kvpool::Direction::kLoad>,

@@ -22,13 +22,16 @@ ffi::Error CudaFailed(const char* what, cudaError_t error) {
   return FailedPrecondition(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+Flights flights;
+
 template <Direction direction>
 ffi::Error CopyCuda(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer,
                     ffi::RemainingArgs arrays, ffi::RemainingRets results, Integers plan, int64_t max_blocks) {
   num_handler_calls.fetch_add(1, std::memory_order_relaxed);
-  auto operands =
-      CheckOperands(*live_memory, host, device_pages, host_pages, layer.typed_data(), arrays, results, plan);
+  auto operands = CheckOperands(*live_memory, host, device_pages, host_pages, layer.typed_data(), arrays, results, plan,
+                                direction == Direction::kStore);
   if (operands.has_error()) return operands.error();
+  flights.AbandonOver(operands->arrays);
   std::vector<Stage> stages;
   if (const auto error = ReadPlan(AsSpan(plan), *operands, stages)) return FailedPrecondition(*error);
   for (const Stage& stage : stages) {
@@ -39,17 +42,26 @@ ffi::Error CopyCuda(cudaStream_t stream, HostArray host, PageIds device_pages, P
   return ffi::Error::Success();
 }
 
+// Memory of XLA's is all that is asked for.
+ffi::Error ScratchCuda(cudaStream_t /*stream*/, ffi::RemainingArgs /*operands*/, ffi::Result<Scratch> /*scratch*/) {
+  return ffi::Error::Success();
+}
+
 // ---- Ids that the CPU can read, and copies beside the compute stream ----
 
 template <Direction direction>
 ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages,
-                            Scalar /*layer*/, ffi::RemainingArgs arrays, ffi::Result<Scratch> scratch,
+                            Scalar /*layer*/, Scratch scratch, ffi::RemainingArgs arrays, ffi::Result<Scratch> same,
                             ffi::RemainingRets results, Integers plan, int64_t max_blocks) {
-  auto operands = CheckOperands(*live_memory, host, device_pages, host_pages, nullptr, arrays, results, plan);
+  auto operands = CheckOperands(*live_memory, host, device_pages, host_pages, nullptr, arrays, results, plan,
+                                direction == Direction::kStore);
   if (operands.has_error()) return operands.error();
+  const auto staging = InPlace(scratch, same);
+  if (staging.has_error()) return staging.error();
+  flights.AbandonOver(operands->arrays);
   SideStreams* side = nullptr;
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
-  Transfer transfer(direction, *std::move(operands), AsBytes(*scratch), max_blocks);
+  Transfer transfer(direction, *std::move(operands), *staging, max_blocks);
   if (const auto error = transfer.Read(AsSpan(plan), *live_memory, stream)) return FailedPrecondition(*error);
   cudaError_t error = cudaSuccess;
   cudaStream_t last = stream;
@@ -63,11 +75,9 @@ ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_
   return CudaFailed("copying", error);
 }
 
-Flights flights;
-
-ffi::Error StartCuda(cudaStream_t stream, HostArray host, PageIds load_device_pages, PageIds load_host_pages,
-                     PageIds store_device_pages, PageIds store_host_pages, ffi::RemainingArgs arrays,
-                     ffi::Result<Scratch> scratch, ffi::Result<Scalar> /*token*/, ffi::RemainingRets results,
+ffi::Error StartCuda(cudaStream_t stream, ffi::RunId run, HostArray host, PageIds load_device_pages,
+                     PageIds load_host_pages, PageIds store_device_pages, PageIds store_host_pages, Scratch scratch,
+                     ffi::RemainingArgs arrays, ffi::Result<Scratch> same, ffi::RemainingRets results,
                      Integers load_plan, Integers store_plan, Integers wait_stages, int64_t load_scratch_bytes,
                      int64_t store_scratch_bytes, int64_t max_load_blocks, int64_t max_store_blocks) {
   auto stored =
@@ -76,45 +86,69 @@ ffi::Error StartCuda(cudaStream_t stream, HostArray host, PageIds load_device_pa
   auto loaded =
       CheckOperands(*live_memory, host, load_device_pages, load_host_pages, nullptr, arrays, results, load_plan);
   if (loaded.has_error()) return loaded.error();
+  const auto memory = InPlace(scratch, same);
+  if (memory.has_error()) return memory.error();
+  if (const auto flight = flights.Find(memory->data, run.run_id); flight && flight->CountStart() == 1) {
+    return ffi::Error::Success();
+  }
+  flights.AbandonOver({{*memory}});
+  flights.AbandonOver(loaded->arrays);
   SideStreams* side = nullptr;
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
-  const auto [data, bytes] = AsBytes(*scratch);
+  const auto [data, bytes] = *memory;
   if (load_scratch_bytes + store_scratch_bytes > bytes) return FailedPrecondition("the scratch is too small");
   Transfer load(Direction::kLoad, *std::move(loaded), {data, load_scratch_bytes}, max_load_blocks);
-  Transfer store(Direction::kStore, *std::move(stored), {data + bytes - store_scratch_bytes, store_scratch_bytes},
+  Transfer store(Direction::kStore, *std::move(stored), {data + load_scratch_bytes, store_scratch_bytes},
                  max_store_blocks);
   if (const auto error = load.Read(AsSpan(load_plan), *live_memory, stream)) return FailedPrecondition(*error);
   if (const auto error = store.Read(AsSpan(store_plan), *live_memory, stream)) return FailedPrecondition(*error);
 
-  auto flight = std::make_shared<Flight>(std::move(store), std::move(load), AsSpan(wait_stages));
-  for (const auto& lost : flights.Start(flight)) lost->GiveBackEvents(*side);
-  if (const cudaError_t error = flight->Start(stream, *side)) {
-    side->Synchronize();
+  auto flight = std::make_shared<Flight>(*memory, run.run_id, *side, std::move(store), std::move(load),
+                                         AsSpan(wait_stages));
+  flight->CountStart();
+  if (const cudaError_t error = flight->Start(stream)) {
+    flight->Abandon();
     return CudaFailed("starting the copies", error);
   }
+  flights.Add(std::move(flight));
   return ffi::Error::Success();
 }
 
-// Makes `stream` wait for the next stage of the copies into these arrays of the device pool.
-ffi::Error WaitForStage(cudaStream_t stream, const std::vector<const void*>& arrays, Integers indices,
-                        SideStreams& side) {
-  std::shared_ptr<Flight> flight;
-  size_t stage = 0;
-  if (const auto error = flights.Wait(arrays, AsSpan(indices), flight, stage)) return FailedPrecondition(*error);
-  if (const cudaError_t error = flight->Wait(stage, stream, side)) return CudaFailed("waiting for the copies", error);
+// Makes `stream` wait for the next stage of the copies into these arrays of the device pool, number `indices` of the
+// start's.
+ffi::Error WaitForStage(cudaStream_t stream, Flight& flight, std::span<const Bytes> arrays,
+                        std::span<const int64_t> indices) {
+  if (arrays.size() != indices.size()) return FailedPrecondition("a wait for other arrays than its plan says");
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const auto index = static_cast<size_t>(indices[i]);
+    if (index >= flight.arrays().size() || flight.arrays()[index].data != arrays[i].data) {
+      return FailedPrecondition(
+          "a layer is waited for in another array than it is loaded into: XLA copied an array of the device pool while "
+          "it was in use");
+    }
+  }
+  const auto stage = flight.CountWait();
+  if (!stage) return FailedPrecondition("more waits than the start was told of");
+  if (const cudaError_t error = flight.Wait(*stage, stream)) return CudaFailed("waiting for the copies", error);
   return ffi::Error::Success();
 }
 
-ffi::Error WaitCuda(cudaStream_t stream, ffi::RemainingArgs operands, ffi::RemainingRets results, Integers indices) {
-  const auto in_place = InPlace(operands, results);
-  if (in_place.has_error()) return in_place.error();
-  if (indices.size() == 0) return ffi::Error::Success();
-  SideStreams* side = nullptr;
-  if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
-  std::vector<const void*> arrays;
-  for (size_t i = 0; i < std::min(indices.size(), in_place->size()); ++i) arrays.push_back((*in_place)[i].data);
-  auto waited = WaitForStage(stream, arrays, indices, *side);
-  if (waited.failure()) side->Synchronize();  // the step has failed, and what runs must not outlive its buffers
+ffi::Error WaitCuda(cudaStream_t stream, ffi::RunId run, Scratch scratch, ffi::RemainingArgs operands,
+                    ffi::Result<Scratch> same, ffi::RemainingRets results, Integers indices) {
+  const auto flight = flights.Find(scratch.untyped_data(), run.run_id);
+  if (!flight) {
+    return FailedPrecondition("a wait without a start: XLA copied the scratch of the copies while it was in use");
+  }
+  const auto waited = [&]() -> ffi::Error {
+    if (const auto memory = InPlace(scratch, same); memory.has_error()) return memory.error();
+    auto in_place = InPlace(operands, results);
+    if (in_place.has_error()) return in_place.error();
+    in_place->resize(results.size());
+    return WaitForStage(stream, *flight, *in_place, AsSpan(indices));
+  }();
+  if (waited.success() && !flight->IsOver()) return waited;
+  flights.Remove(*flight);
+  if (waited.failure()) flight->Abandon();  // the step has failed, and what runs must not outlive its buffers
   return waited;
 }
 
@@ -123,6 +157,11 @@ auto BindCuda() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>
 }  // namespace
 
 void SetLiveMemory(const LiveMemory* live) { live_memory = live; }
+
+void AbandonFlights(const void* host, int64_t bytes) {
+  const Bytes memory = {static_cast<char*>(const_cast<void*>(host)), bytes};
+  flights.AbandonOver({{memory}});
+}
 
 int64_t NumHandlerCalls() { return num_handler_calls.load(std::memory_order_relaxed); }
 
@@ -137,5 +176,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadByEngineCuda, kvpool::CopyByEngineCuda<k
                               kvpool::BindCopyByEngine(kvpool::BindCuda()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreByEngineCuda, kvpool::CopyByEngineCuda<kvpool::Direction::kStore>,
                               kvpool::BindCopyByEngine(kvpool::BindCuda()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStartCuda, kvpool::StartCuda, kvpool::BindStart(kvpool::BindCuda()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolWaitCuda, kvpool::WaitCuda, kvpool::BindWait(kvpool::BindCuda()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolScratchCuda, kvpool::ScratchCuda, kvpool::BindScratch(kvpool::BindCuda()),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStartCuda, kvpool::StartCuda,
+                              kvpool::BindStart(kvpool::BindCuda().Ctx<xla::ffi::RunId>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolWaitCuda, kvpool::WaitCuda,
+                              kvpool::BindWait(kvpool::BindCuda().Ctx<xla::ffi::RunId>()));

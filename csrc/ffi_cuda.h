@@ -10,6 +10,7 @@ XLA_FFI_Error* KvPoolLoadCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* KvPoolStoreCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* KvPoolLoadByEngineCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* KvPoolStoreByEngineCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* KvPoolScratchCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* KvPoolStartCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* KvPoolWaitCuda(XLA_FFI_CallFrame* call_frame);
 }
@@ -18,6 +19,9 @@ namespace kvpool {
 
 // The table that the CPU module keeps; to be set before the first call.
 void SetLiveMemory(const LiveMemory* live);
+
+// Waits, on the host, for copies from or to this host memory that a failed step has left behind, and forgets them.
+void AbandonFlights(const void* host, int64_t bytes);
 
 // How often a handler has enqueued (or captured) a copy in this process: replays of a CUDA graph do not count.
 int64_t NumHandlerCalls();

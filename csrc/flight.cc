@@ -4,30 +4,35 @@
 
 namespace kvpool {
 
-cudaError_t Flight::Start(cudaStream_t stream, SideStreams& side) {
-  cudaError_t error = cudaSuccess;
-  if (!store_.IsEmpty()) error = side.Order(stream, side.store());
-  if (!load_.IsEmpty() && !error) error = side.Order(stream, side.load());
-  return error ? error : EnqueueUntil(kStagesAhead, side);
+std::optional<size_t> Flight::CountWait() {
+  if (IsOver()) return std::nullopt;
+  return static_cast<size_t>(wait_stages_[num_waits_++]);
 }
 
-cudaError_t Flight::Wait(size_t stage, cudaStream_t stream, SideStreams& side) {
+cudaError_t Flight::Start(cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  if (!store_.IsEmpty()) error = side_.Order(stream, side_.store());
+  if (!load_.IsEmpty() && !error) error = side_.Order(stream, side_.load());
+  return error ? error : EnqueueUntil(kStagesAhead);
+}
+
+cudaError_t Flight::Wait(size_t stage, cudaStream_t stream) {
   // The waits before this one have enqueued this stage, and made `stream` wait for the earlier ones.
   for (const cudaEvent_t event : done_[stage]) {
     if (const cudaError_t error = cudaStreamWaitEvent(stream, event, 0)) return error;
   }
-  if (const cudaError_t error = EnqueueUntil(stage + 1 + kStagesAhead, side)) return error;
-  if (IsOver()) GiveBackEvents(side);
+  if (const cudaError_t error = EnqueueUntil(stage + 1 + kStagesAhead)) return error;
+  if (IsOver()) GiveBackEvents();
   return cudaSuccess;
 }
 
-cudaError_t Flight::EnqueueUntil(size_t end, SideStreams& side) {
+cudaError_t Flight::EnqueueUntil(size_t end) {
   const size_t num_stages = static_cast<size_t>(wait_stages_.back()) + 1;
   cudaEvent_t event = nullptr;
   cudaStream_t last = nullptr;
   cudaError_t error = cudaSuccess;
   const auto finish = [&] {
-    if (const cudaError_t failed = side.TakeEvent(event)) return failed;
+    if (const cudaError_t failed = side_.TakeEvent(event)) return failed;
     done_.back().push_back(event);
     return cudaEventRecord(event, last);
   };
@@ -35,24 +40,65 @@ cudaError_t Flight::EnqueueUntil(size_t end, SideStreams& side) {
     const size_t stage = done_.size();
     done_.emplace_back();
     if (!store_.IsEmpty()) {
-      error = store_.Enqueue(stage, side.store(), side, last);
+      error = store_.Enqueue(stage, side_.store(), side_, last);
       if (!error) error = finish();
-      for (const cudaStream_t loads : {side.load(), side.load_engine()}) {
+      for (const cudaStream_t loads : {side_.load(), side_.load_engine()}) {
         if (!error && !load_.IsEmpty()) error = cudaStreamWaitEvent(loads, event, 0);
       }
     }
     if (!load_.IsEmpty()) {
-      if (!error) error = load_.Enqueue(stage, side.load(), side, last);
+      if (!error) error = load_.Enqueue(stage, side_.load(), side_, last);
       if (!error) error = finish();
     }
   }
   return error;
 }
 
-void Flight::GiveBackEvents(SideStreams& side) {
-  for (const auto& events : done_) side.GiveBack(events);
-  store_.GiveBackEvents(side);
-  load_.GiveBackEvents(side);
+void Flight::Abandon() {
+  side_.Synchronize();
+  GiveBackEvents();
+}
+
+void Flight::GiveBackEvents() {
+  for (const auto& events : done_) side_.GiveBack(events);
+  done_.clear();
+  store_.GiveBackEvents(side_);
+  load_.GiveBackEvents(side_);
+}
+
+std::shared_ptr<Flight> Flights::Find(const void* scratch, int64_t run) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& flight : flights_) {
+    if (flight->scratch().data == scratch && flight->run() == run) return flight;
+  }
+  return nullptr;
+}
+
+void Flights::Add(std::shared_ptr<Flight> flight) {
+  const std::lock_guard lock(mutex_);
+  flights_.push_back(std::move(flight));
+}
+
+void Flights::Remove(const Flight& flight) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(flights_, [&](const auto& other) { return other.get() == &flight; });
+}
+
+void Flights::AbandonOver(std::span<const Bytes> bytes) {
+  std::vector<std::shared_ptr<Flight>> lost;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto touches = [&](const Bytes& other) {
+      return std::any_of(bytes.begin(), bytes.end(), [&](const Bytes& some) { return Overlap(some, other); });
+    };
+    const auto begin = std::partition(flights_.begin(), flights_.end(), [&](const auto& flight) {
+      return !(touches(flight->scratch()) || touches(flight->host()) ||
+               std::any_of(flight->arrays().begin(), flight->arrays().end(), touches));
+    });
+    lost.assign(begin, flights_.end());
+    flights_.erase(begin, flights_.end());
+  }
+  for (const auto& flight : lost) flight->Abandon();
 }
 
 }  // namespace kvpool

@@ -22,86 +22,76 @@
 namespace kvpool {
 
 // One start, until the last of its waits. Waits come in the order in which they stand in the program, in a loop as
-// outside of one: each takes a token from the one before. So the n-th wait knows what it is for by counting, also
+// outside of one: each takes the scratch from the one before. So the n-th wait knows what it is for by counting, also
 // where a layer's number is known to the device alone.
 class Flight {
  public:
-  // `wait_stages`: the last stage that the n-th wait waits for; ascending, and all stages occur.
-  Flight(Transfer store, Transfer load, std::span<const int64_t> wait_stages)
-      : store_(std::move(store)), load_(std::move(load)), wait_stages_(wait_stages.begin(), wait_stages.end()) {}
+  // `scratch`: what all calls of the flight pass on. `run`: which execution of a program it belongs to. `wait_stages`:
+  // the last stage that the n-th wait waits for; ascending, and all stages occur.
+  Flight(Bytes scratch, int64_t run, SideStreams& side, Transfer store, Transfer load,
+         std::span<const int64_t> wait_stages)
+      : scratch_(scratch),
+        run_(run),
+        side_(side),
+        store_(std::move(store)),
+        load_(std::move(load)),
+        wait_stages_(wait_stages.begin(), wait_stages.end()) {}
 
-  // Of the device pool.
-  const std::vector<Bytes>& arrays() const { return load_.arrays(); }
-  size_t CountWait() { return static_cast<size_t>(wait_stages_[num_waits_++]); }
+  const Bytes& scratch() const { return scratch_; }
+  int64_t run() const { return run_; }
+  const std::vector<Bytes>& arrays() const { return load_.arrays(); }  // of the device pool
+  const Bytes& host() const { return load_.host(); }
+
+  // How often the start was called before.
+  int CountStart() { return num_starts_++; }
+  // What the next wait waits for; none if there were enough.
+  std::optional<size_t> CountWait();
   bool IsOver() const { return num_waits_ == wait_stages_.size(); }
 
   // Forks the side streams off `stream`, and enqueues the first stages.
-  cudaError_t Start(cudaStream_t stream, SideStreams& side);
+  cudaError_t Start(cudaStream_t stream);
 
   // Makes `stream` wait for `stage`, and enqueues the next ones. They are not enqueued all at once, so that the layers
   // behind the start need not wait for the CPU: 4,096 spans for the copy engine take it some milliseconds.
-  cudaError_t Wait(size_t stage, cudaStream_t stream, SideStreams& side);
+  cudaError_t Wait(size_t stage, cudaStream_t stream);
 
-  // To be called when nobody waits any more; nothing is enqueued afterwards.
-  void GiveBackEvents(SideStreams& side);
+  // Waits, on the host, for what was enqueued: when a step has failed, it must not outlive its buffers. Nothing is
+  // enqueued afterwards.
+  void Abandon();
 
  private:
   static constexpr size_t kStagesAhead = 2;
 
   // Enqueues both copies of all stages before `end` that are not enqueued yet, and an event behind each.
-  cudaError_t EnqueueUntil(size_t end, SideStreams& side);
+  cudaError_t EnqueueUntil(size_t end);
+  void GiveBackEvents();
 
+  Bytes scratch_;
+  int64_t run_;
+  SideStreams& side_;
   Transfer store_, load_;
   std::vector<int64_t> wait_stages_;
+  int num_starts_ = 0;
   size_t num_waits_ = 0;                        // so far
   std::vector<std::vector<cudaEvent_t>> done_;  // of each stage that is enqueued: for each direction that is copied
 };
 
-// By the address of each of its arrays: a pool belongs to one step at a time, so these are unique.
+// The flights that are not over. A pool and a scratch belong to one step at a time; where another one has them, the step
+// that had them before has failed between its start and its last wait, and what it left is abandoned before anything
+// else touches them.
 class Flights {
  public:
-  // Returns flights over some of the arrays that were never waited for to the end: their step failed.
-  std::vector<std::shared_ptr<Flight>> Start(const std::shared_ptr<Flight>& flight) {
-    const std::lock_guard lock(mutex_);
-    std::vector<std::shared_ptr<Flight>> lost;
-    for (const Bytes& array : flight->arrays()) {
-      if (const auto found = by_array_.find(array.data); found != by_array_.end()) {
-        lost.push_back(found->second);
-        Forget(*lost.back());
-      }
-    }
-    for (const Bytes& array : flight->arrays()) by_array_[array.data] = flight;
-    return lost;
-  }
+  // The flight that this execution has started with this scratch; null if there is none.
+  std::shared_ptr<Flight> Find(const void* scratch, int64_t run);
+  void Add(std::shared_ptr<Flight> flight);
+  void Remove(const Flight& flight);
 
-  // Finds the flight of the next wait, and in `stage` what it waits for: the wait holds arrays[i], number
-  // indices[i] of its start's. Forgets the flight at its last wait.
-  std::optional<std::string> Wait(std::span<const void* const> arrays, std::span<const int64_t> indices,
-                                  std::shared_ptr<Flight>& flight, size_t& stage) {
-    const std::lock_guard lock(mutex_);
-    for (size_t i = 0; i < arrays.size(); ++i) {
-      const auto found = by_array_.find(arrays[i]);
-      const size_t index = static_cast<size_t>(indices[i]);
-      if (found == by_array_.end() || (flight && found->second != flight) || index >= found->second->arrays().size() ||
-          found->second->arrays()[index].data != arrays[i]) {
-        return "a layer is waited for in another array than it is loaded into: XLA copied an array of the device pool "
-               "while it was in use";
-      }
-      flight = found->second;
-    }
-    if (!flight) return "a wait without an array";
-    stage = flight->CountWait();
-    if (flight->IsOver()) Forget(*flight);
-    return std::nullopt;
-  }
+  // Abandons all flights that touch some of these bytes.
+  void AbandonOver(std::span<const Bytes> bytes);
 
  private:
-  void Forget(const Flight& flight) {
-    for (const Bytes& array : flight.arrays()) by_array_.erase(array.data);
-  }
-
   std::mutex mutex_;
-  std::map<const void*, std::shared_ptr<Flight>> by_array_;
+  std::vector<std::shared_ptr<Flight>> flights_;  // a few
 };
 
 }  // namespace kvpool

@@ -178,6 +178,7 @@ NB_MODULE(_cpu, m) {
                                               handler("jax_kvpool_store", KvPoolStoreCpu),
                                               handler("jax_kvpool_load_by_engine", KvPoolLoadByEngineCpu),
                                               handler("jax_kvpool_store_by_engine", KvPoolStoreByEngineCpu),
+                                              handler("jax_kvpool_scratch", KvPoolScratchCpu),
                                               handler("jax_kvpool_start", KvPoolStartCpu),
                                               handler("jax_kvpool_wait", KvPoolWaitCpu)};
   });

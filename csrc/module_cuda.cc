@@ -92,6 +92,7 @@ NB_MODULE(_cuda, m) {
                                               handler("jax_kvpool_store", KvPoolStoreCuda),
                                               handler("jax_kvpool_load_by_engine", KvPoolLoadByEngineCuda),
                                               handler("jax_kvpool_store_by_engine", KvPoolStoreByEngineCuda),
+                                              handler("jax_kvpool_scratch", KvPoolScratchCuda),
                                               handler("jax_kvpool_start", KvPoolStartCuda),
                                               handler("jax_kvpool_wait", KvPoolWaitCuda)};
   });

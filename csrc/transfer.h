@@ -21,12 +21,13 @@ cudaError_t LaunchAll(const Stage& stage, Direction direction, int64_t max_block
 
 class Transfer {
  public:
-  // `scratch`: of device memory, for staging and behind it the ids; none if all ids are in device memory.
+  // `scratch`: of device memory, for staging and behind it the ids.
   Transfer(Direction direction, CopyOperands operands, Bytes scratch, int64_t max_blocks)
       : direction_(direction), operands_(std::move(operands)), scratch_(scratch), max_blocks_(max_blocks) {}
 
   bool IsEmpty() const { return operands_.num_pairs == 0; }
   const std::vector<Bytes>& arrays() const { return operands_.arrays; }
+  const Bytes& host() const { return operands_.host; }
   size_t num_stages() const { return stages_.size(); }
 
   // Decides who moves the pages: the copy engine what the plan says, if the CPU can read the ids it needs.

@@ -20,6 +20,7 @@ LOAD_TARGET = "jax_kvpool_load"
 STORE_TARGET = "jax_kvpool_store"
 LOAD_BY_ENGINE_TARGET = "jax_kvpool_load_by_engine"
 STORE_BY_ENGINE_TARGET = "jax_kvpool_store_by_engine"
+SCRATCH_TARGET = "jax_kvpool_scratch"
 START_TARGET = "jax_kvpool_start"
 WAIT_TARGET = "jax_kvpool_wait"
 

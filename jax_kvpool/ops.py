@@ -7,11 +7,10 @@ import contextvars
 import enum
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import jax
-import jax.custom_batching
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +20,11 @@ from jax_kvpool._runtime import (
     LOAD_TARGET,
     STORE_BY_ENGINE_TARGET,
     STORE_TARGET,
-    register_targets,
 )
+from jax_kvpool.calls import call, fenced, scratch
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
-from jax_kvpool.plan import TRACED_LAYER, CopyPlan, Stages, copy_plan
+from jax_kvpool.plan import STAGED_ALIGNMENT, TRACED_LAYER, CopyPlan, Stages, copy_plan
 from jax_kvpool.tuning import current
 
 __all__ = ["PageStatus", "load", "page_status", "store"]
@@ -111,46 +110,46 @@ def _copy(
     arrays = device.flat_arrays()
     stages, traced_layer = _layer(layer, device)
     plan = _plan(target == LOAD_TARGET, device, host, device_pages, host_pages, stages)
-    operands = [arrays[i] for i in plan.arrays]
-    scratch = scratch_bytes(plan, current().half_bytes, device_pages, host_pages)
-    if scratch is not None:
+    num_scratch_bytes = None
+    if is_on_host(device_pages) or is_on_host(host_pages):
         if stages == TRACED_LAYER:
             raise ValueError("layer: a traced layer needs page ids in device memory, not those of host_ids")
         target = _BY_ENGINE[target]
+        num_scratch_bytes = scratch_bytes(plan, current().half_bytes, host_pages.size)
     if max_blocks is None and plan.staged_page_bytes:
         max_blocks = _STAGING_BLOCKS
-    ids = device_pages, host_pages
-    changed = _call(
-        target, plan.integers, checked_blocks(max_blocks), scratch, operands, host.array, *ids, traced_layer
-    )
+    operands = host.array, device_pages, host_pages, traced_layer, [arrays[i] for i in plan.arrays]
+    changed = _call(target, plan.integers, checked_blocks(max_blocks), num_scratch_bytes, *operands)
     for index, array in zip(plan.arrays, changed, strict=True):
         arrays[index] = array
     return device.with_flat_arrays(arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4, inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=8, inline=True)
 def _call(
     target: str,
     plan: tuple[int, ...],
     max_blocks: int,
-    scratch_bytes: int | None,
-    arrays: list[jax.Array],
+    num_scratch_bytes: int | None,
     host: jax.Array,
     device_pages: jax.Array,
     host_pages: jax.Array,
     layer: jax.Array,
+    arrays: list[jax.Array],
 ) -> list[jax.Array]:
-    register_targets()
-    scratch = [] if scratch_bytes is None else [jax.core.ShapedArray((scratch_bytes,), np.dtype(np.uint8))]
-    call = jax.ffi.ffi_call(
-        target,
-        [*scratch, *(jax.typeof(a) for a in arrays)],  # with their manual axes, inside shard_map
-        # Each array is its own result: in place if donated, and ordered before whatever uses the result.
-        input_output_aliases={4 + i: len(scratch) + i for i in range(len(arrays))},
-    )
-    attributes = {"plan": np.array(plan, np.int64), "max_blocks": np.int64(max_blocks)}
-    call = without_transformations(functools.partial(call, **attributes))
-    return fenced(list(call(host, device_pages, host_pages, layer, *fenced(arrays)))[len(scratch) :])
+    operands = [host, device_pages, host_pages, layer]
+    if num_scratch_bytes is not None:
+        operands.append(scratch(num_scratch_bytes, device_pages, host_pages))
+    first, end = len(operands), len(operands) + len(arrays)
+    # A load changes all arrays. A store changes none, but passes the last one through, so that the next load or store of
+    # this pool comes after it. One is enough, and each more would count as so much more memory (overlap.py).
+    through = range(first, end) if target in (LOAD_TARGET, LOAD_BY_ENGINE_TARGET) else [end - 1]
+    operands += fenced(arrays)
+    in_place = [*range(4, first), *through]
+    changed = call(target, operands, in_place, plan=plan, max_blocks=max_blocks)
+    for at, array in zip(in_place, changed, strict=True):
+        operands[at] = array
+    return fenced(operands[first:])
 
 
 def is_on_host(pages: Any) -> bool:
@@ -164,14 +163,12 @@ def engine_can_read(is_load: bool, device_pages: Any, host_pages: Any) -> bool:
     return is_on_host(host_pages) and (is_load or is_on_host(device_pages))
 
 
-def scratch_bytes(plan: CopyPlan, half_bytes: int, device_pages: Any, host_pages: Any) -> int | None:
-    """Device memory for a call with these ids: two halves of staging, if the copy engine has something to do, and the
-    ids. None if they are all in device memory."""
-    if not (is_on_host(device_pages) or is_on_host(host_pages)):
-        return None
-    num_pairs = int(host_pages.size)
+def scratch_bytes(plan: CopyPlan, half_bytes: int, num_pairs: int) -> int:
+    """Device memory for the copies of a plan: two halves of staging, if the copy engine has something to do, and the
+    ids; in multiples of `STAGED_ALIGNMENT`, at least one."""
     pages = min(max(half_bytes // max(plan.staged_page_bytes, 1), 1), num_pairs)
-    return 2 * pages * plan.staged_page_bytes + 2 * 4 * num_pairs
+    num_bytes = 2 * pages * plan.staged_page_bytes + 2 * 4 * num_pairs
+    return max(-(-num_bytes // STAGED_ALIGNMENT), 1) * STAGED_ALIGNMENT
 
 
 def _plan(
@@ -184,37 +181,6 @@ def _plan(
     if num_bytes < tuning.min_engine_bytes or not engine_can_read(is_load, device_pages, host_pages):
         return plan_of()
     return plan_of(tuning.min_load_span_bytes if is_load else tuning.min_store_span_bytes)
-
-
-def fenced(arrays: list[jax.Array]) -> list[jax.Array]:
-    """Keeps what is done to the arrays out of the call, and the call out of it.
-
-    XLA fuses a slice before a custom call, and an update after it, with the call, and forgets the aliases then: 0.11.2
-    and 0.12.0.1 refuse to compile a dynamic_update_slice of a result.
-    """
-    fenced: list[jax.Array] = jax.lax.optimization_barrier(arrays)  # type: ignore[no-untyped-call]
-    return fenced
-
-
-def without_transformations(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, which is refused with a clear error where it is differentiated or batched."""
-    batched = jax.custom_batching.custom_vmap(call)
-
-    @batched.def_vmap
-    def refuse_vmap(axis_size: int, in_batched: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "load and store cannot be batched by vmap: they change one pool in place; pass all page ids in one call"
-        )
-
-    differentiated = jax.custom_jvp(batched)
-
-    @differentiated.defjvp
-    def refuse_grad(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(
-            "load and store cannot be differentiated: a page is bytes; put stop_gradient around the pool's arrays"
-        )
-
-    return differentiated
 
 
 _in_flight: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("in_flight", default=())

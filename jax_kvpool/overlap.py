@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from jax_kvpool._runtime import START_TARGET, WAIT_TARGET, register_targets
+from jax_kvpool._runtime import START_TARGET, WAIT_TARGET
+from jax_kvpool.calls import call, fenced, scratch
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
 from jax_kvpool.layout import PageSpec
@@ -19,14 +20,12 @@ from jax_kvpool.ops import (
     check_pools,
     checked_blocks,
     engine_can_read,
-    fenced,
     in_flight,
     is_staging,
     page_pairs,
     scratch_bytes,
-    without_transformations,
 )
-from jax_kvpool.plan import STAGED_ALIGNMENT, Stages, copy_plan
+from jax_kvpool.plan import Stages, copy_plan
 from jax_kvpool.tuning import current
 
 __all__ = ["run_layers"]
@@ -104,32 +103,35 @@ def run_layers(
         load_plan, store_plan = copy_plan(*places, *load_by_engine), copy_plan(*places, *store_by_engine)
         if load_plan.is_by_engine or store_plan.is_by_engine:
             break
-    scratch = [
-        scratch_bytes(plan, _half_bytes(pairs[0].size * device.spec.payload_bytes), *pairs) or 0
+    num_scratch_bytes = [
+        scratch_bytes(plan, _half_bytes(pairs[0].size * device.spec.payload_bytes), pairs[1].size)
         for plan, pairs in ((load_plan, load_pairs), (store_plan, store_pairs))
     ]
-    arrays = device.flat_arrays()
     # One wait for each stage, or in a scan for each layer.
     wait_stages = [at for at, layers in enumerate(stages) for _ in (layers if is_stacked else [0])]
-    ids = (*load_pairs, *store_pairs)
     blocks = checked_blocks(max_blocks)
     stores_by_kernel = max_blocks is None and not store_plan.is_by_engine
     attributes = {
-        "load_plan": np.array(load_plan.integers, np.int64),
-        "store_plan": np.array(store_plan.integers, np.int64),
-        "wait_stages": np.array(wait_stages, np.int64),
-        "load_scratch_bytes": np.int64(scratch[0]),
-        "store_scratch_bytes": np.int64(scratch[1]),
-        "max_load_blocks": np.int64(blocks),
-        "max_store_blocks": np.int64(tuning.max_store_blocks_beside if stores_by_kernel else blocks),
+        "load_plan": load_plan.integers,
+        "store_plan": store_plan.integers,
+        "wait_stages": tuple(wait_stages),
+        "load_scratch_bytes": num_scratch_bytes[0],
+        "store_scratch_bytes": num_scratch_bytes[1],
+        "max_load_blocks": blocks,
+        "max_store_blocks": tuning.max_store_blocks_beside if stores_by_kernel else blocks,
     }
-    x = jax.tree.map(jnp.asarray, x)
-    all_scratch = -(-scratch[0] // STAGED_ALIGNMENT) * STAGED_ALIGNMENT + scratch[1]  # the store's is at the end
-    staging, token, arrays, x = _start(attributes, all_scratch, arrays, x, host.array, ids)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, x))
+    ids = (*load_pairs, *store_pairs)
+    flight = scratch(sum(num_scratch_bytes), *ids)
+    flight, arrays, leaves = _start(attributes, flight, device.flat_arrays(), leaves, host.array, ids)
     run = _run_stacked if is_stacked else _run_apart
     with in_flight(jax.tree.leaves(device.arrays)):
-        x, token, arrays = run(apply_layer, x, token, device, arrays, stages)
-    return _finish(x, token, device, arrays, (*ids, staging))
+        x, flight, arrays = run(apply_layer, jax.tree.unflatten(structure, leaves), flight, device, arrays, stages)
+    # Who uses one of the results uses all, and so all waits.
+    leaves = jax.tree.leaves(x)
+    *done, _ = fenced([*leaves, *arrays, flight])
+    x = jax.tree.unflatten(structure, done[: len(leaves)])
+    return x, device.with_flat_arrays(done[len(leaves) :])
 
 
 def _for_engine(is_load: bool, device_pages: Any, host_pages: Any) -> tuple[int | None, int | None]:
@@ -166,14 +168,14 @@ def _half_bytes(num_bytes: int) -> int:
 
 
 def _run_apart(
-    apply_layer: Any, x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], stages: Stages
+    apply_layer: Any, x: Any, flight: jax.Array, device: DevicePool, arrays: list[jax.Array], stages: Stages
 ) -> tuple[Any, jax.Array, list[jax.Array]]:
     """The layers one by one, each with arrays of its own; a wait for each stage."""
     arrays = list(arrays)
     keys = device.placement.array_keys
     for stage in stages:
         in_stage = [i for i, (layer, _) in enumerate(keys) if layer in stage]
-        token, waited = _wait(in_stage, token, x, [arrays[i] for i in in_stage])
+        flight, waited = _wait(in_stage, flight, x, [arrays[i] for i in in_stage])
         for index, array in zip(in_stage, waited, strict=True):
             arrays[index] = array
         for layer in stage:
@@ -182,24 +184,24 @@ def _run_apart(
             x, kv = _checked(apply_layer, layer, x, kv.get(None, kv))
             for name, i in of_layer.items():
                 arrays[i] = kv if name is None else kv[name]
-    return x, token, arrays
+    return x, flight, arrays
 
 
 def _run_stacked(
-    apply_layer: Any, x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], _: Stages
+    apply_layer: Any, x: Any, flight: jax.Array, device: DevicePool, arrays: list[jax.Array], _: Stages
 ) -> tuple[Any, jax.Array, list[jax.Array]]:
     """A scan over the layers, with all arrays in the carry."""
     everything = list(range(len(arrays)))
 
     def body(carry: Any, layer: jax.Array) -> Any:
-        x, token, arrays = carry
-        token, arrays = _wait(everything, token, x, arrays)
+        x, flight, arrays = carry
+        flight, arrays = _wait(everything, flight, x, arrays)
         x, kv = _checked(apply_layer, layer, x, device.with_flat_arrays(arrays).arrays)
-        return (x, token, device.with_arrays(kv).flat_arrays()), None
+        return (x, flight, device.with_arrays(kv).flat_arrays()), None
 
     layers = jnp.arange(len(device.spec.layers), dtype=jnp.int32)
-    (x, token, arrays), _ = jax.lax.scan(body, (x, token, arrays), layers)
-    return x, token, arrays
+    (x, flight, arrays), _ = jax.lax.scan(body, (x, flight, arrays), layers)
+    return x, flight, arrays
 
 
 def _checked(apply_layer: Any, layer: Any, x: Any, kv: Any) -> tuple[Any, Any]:
@@ -216,57 +218,36 @@ def _checked(apply_layer: Any, layer: Any, x: Any, kv: Any) -> tuple[Any, Any]:
 
 def _start(
     attributes: dict[str, Any],
-    num_scratch_bytes: int,
+    flight: jax.Array,
     arrays: list[jax.Array],
-    x: Any,
+    leaves: list[jax.Array],
     host: jax.Array,
     ids: tuple[Any, ...],
-) -> tuple[jax.Array, jax.Array, list[jax.Array], Any]:
-    """Starts the copies; returns `(scratch, token, arrays, x)`. The arrays must not be used before `_wait`.
+) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+    """Starts the copies; returns `(flight, arrays, leaves)`. The arrays must not be used before `_wait`.
 
-    `x` goes through, so that XLA cannot compute with it first: 0.12 puts the start behind the first GEMM otherwise.
+    `flight`: the scratch of the copies. What they need from here on is in it, and each wait finds them by its address.
+    `leaves`: of x. They go through, so that XLA cannot compute with them first: 0.12 puts the start behind the first GEMM
+    otherwise.
+
+    The call is made twice, and does nothing the second time. XLA's rematerialization counts what goes through a call as
+    another array of that size, and with a large pool computes parts of the model again to make room. What goes through
+    a loop it counts once.
     """
-    register_targets()
-    leaves, structure = jax.tree.flatten(x)
-    in_place = [*fenced(arrays), *leaves]
-    call = jax.ffi.ffi_call(
-        START_TARGET,
-        [
-            jax.core.ShapedArray((num_scratch_bytes,), np.dtype(np.uint8)),
-            jax.core.ShapedArray((), np.dtype(np.int32)),
-            *(jax.typeof(a) for a in in_place),
-        ],
-        input_output_aliases={5 + i: 2 + i for i in range(len(in_place))},
-    )
-    call = without_transformations(functools.partial(call, **attributes))
-    # Fenced, the token also gets the manual axes of the others, inside shard_map: it is in a scan's carry.
-    scratch, token, *started = fenced(list(call(host, *ids, *in_place)))
-    return scratch, token, started[: len(arrays)], jax.tree.unflatten(structure, started[len(arrays) :])
+
+    def start(_: int, carry: list[jax.Array]) -> list[jax.Array]:
+        operands = [host, *ids, *fenced(carry)]
+        return fenced(call(START_TARGET, operands, range(5, len(operands)), **attributes))
+
+    # Fenced, all have the same manual axes inside shard_map, as a loop needs.
+    flight, *started = jax.lax.fori_loop(0, 2, start, fenced([flight, *arrays, *leaves]))
+    return flight, started[: len(arrays)], started[len(arrays) :]
 
 
-def _wait(indices: list[int], token: jax.Array, x: Any, arrays: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+def _wait(indices: list[int], flight: jax.Array, x: Any, arrays: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     """Waits, after `x`, for the next stage, whose arrays are number `indices` of the start's; returns
-    `(token, arrays)`."""
-    *waited, token = _pass_through(indices, jax.tree.leaves(x), [*arrays, token])
-    return token, waited
-
-
-def _finish(
-    x: Any, token: jax.Array, device: DevicePool, arrays: list[jax.Array], alive: tuple[Any, ...]
-) -> tuple[Any, DevicePool]:
-    """The end. All results come out of one call, so that whoever uses one of them uses all waits, and `alive`, what the
-    copies read, is kept until here. (The arrays may be others by now: XLA may copy what has been waited for.)"""
-    leaves, structure = jax.tree.flatten(x)
-    *done, _ = _pass_through([], list(alive), [*fenced(arrays), *leaves, token])
-    return jax.tree.unflatten(structure, done[len(arrays) :]), device.with_flat_arrays(done[: len(arrays)])
-
-
-def _pass_through(indices: list[int], before: list[Any], in_place: list[jax.Array]) -> list[jax.Array]:
-    """A call of the wait handler: `in_place` goes through it, `before` must be there and may not be freed earlier."""
-    call = jax.ffi.ffi_call(
-        WAIT_TARGET,
-        [jax.typeof(a) for a in in_place],
-        input_output_aliases={len(before) + i: i for i in range(len(in_place))},
-    )
-    call = without_transformations(functools.partial(call, arrays=np.array(indices, np.int64)))
-    return fenced(list(call(*before, *in_place)))
+    `(flight, arrays)`."""
+    in_place = [flight, *arrays]
+    waited = call(WAIT_TARGET, [*in_place, *jax.tree.leaves(x)], range(len(in_place)), arrays=tuple(indices))
+    flight, *waited = fenced(waited)
+    return flight, waited

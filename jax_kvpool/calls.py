@@ -1,0 +1,84 @@
+"""How a program calls a handler: a custom call that changes some of its operands in place.
+
+`jax.ffi.ffi_call` marks a call that must not be dropped as an effect of JAX's, which costs 0.9 ms at each dispatch. Here
+only XLA is told: it drops, merges and moves out of loops no call of ours. JAX still drops a call of which no result is
+used, as it drops any dead code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
+
+from jax_kvpool._runtime import SCRATCH_TARGET, register_targets
+
+__all__ = ["call", "fenced", "scratch"]
+
+
+def call(target: str, operands: Sequence[Any], in_place: Sequence[int], **attributes: Any) -> list[jax.Array]:
+    """Calls a handler, which changes the operands number `in_place` where they are; returns these.
+
+    Each is a result of the call at its own address, if XLA need not keep the old value; the handlers check that. What
+    else the call reads is neither copied nor returned. Attributes are ints, or tuples of ints.
+    """
+    register_targets()
+    return list(_call.bind(*operands, target=target, in_place=tuple(in_place), attributes=tuple(attributes.items())))
+
+
+def scratch(num_bytes: int, *operands: Any) -> jax.Array:
+    """Device memory of `num_bytes` bytes for a call, which takes it in place. Its content is whatever was there, but
+    for the first 8 bytes, which are 0 on a CPU. `operands`: what tells two calls apart."""
+    register_targets()
+    result = jax.ShapeDtypeStruct((num_bytes,), np.uint8)
+    memory: jax.Array = jax.ffi.ffi_call(SCRATCH_TARGET, result)(*operands)
+    return memory
+
+
+def fenced(arrays: Sequence[Any]) -> list[jax.Array]:
+    """Keeps what is done to the arrays out of the call, and the call out of it.
+
+    XLA fuses a slice before a custom call, and an update after it, with the call, and forgets the aliases then: 0.11.2
+    and 0.12.0.1 refuse to compile a dynamic_update_slice of a result. JAX drops all of a barrier or nothing, so who uses
+    one of these arrays uses the calls that made the others.
+    """
+    fenced: list[jax.Array] = jax.lax.optimization_barrier(list(arrays))  # type: ignore[no-untyped-call]
+    return fenced
+
+
+_call: Final = Primitive("jax_kvpool_call")
+_call.multiple_results = True
+_call.def_impl(lambda *operands, **params: xla.apply_primitive(_call, *operands, **params))
+
+
+@_call.def_abstract_eval  # type: ignore[untyped-decorator]
+def _results(*operands: Any, in_place: tuple[int, ...], **_: Any) -> list[Any]:
+    return [operands[i] for i in in_place]
+
+
+def _lower(ctx: Any, *operands: Any, target: str, in_place: tuple[int, ...], attributes: tuple[Any, ...]) -> Any:
+    aliases = {operand: result for result, operand in enumerate(in_place)}
+    rule = jax.ffi.ffi_lowering(target, has_side_effect=True, operand_output_aliases=aliases)
+    as_int64 = {name: np.int64(v) if isinstance(v, int) else np.array(v, np.int64) for name, v in attributes}
+    return rule(ctx, *operands, **as_int64)
+
+
+def _refuse_vmap(*_: Any, **params: Any) -> NoReturn:
+    raise NotImplementedError(
+        "load and store cannot be batched by vmap: they change one pool in place; pass all page ids in one call"
+    )
+
+
+def _refuse_grad(*_: Any, **params: Any) -> NoReturn:
+    raise NotImplementedError(
+        "load and store cannot be differentiated: a page is bytes; put stop_gradient around the pool's arrays"
+    )
+
+
+mlir.register_lowering(_call, _lower)
+batching.primitive_batchers[_call] = _refuse_vmap
+ad.primitive_jvps[_call] = _refuse_grad
