@@ -255,7 +255,7 @@ class Server:
         logits, self.device = step(
             self.config, self.params, self.device, self.host, batch, self._padded(loads), self._padded(stores)
         )
-        logits = np.asarray(logits)  # waits; when they are here, the stored pages have landed
+        logits = np.asarray(logits)  # waits; when they are here, the stored pages have landed: it is one device
         seconds = time.perf_counter() - begin
         self.on_loaded(*loads)
         self.on_stored(*stores)

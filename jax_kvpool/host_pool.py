@@ -124,8 +124,8 @@ class HostPool:
 
         A step has run on a device when any of its outputs is ready there. So this waits until every shard of all of
         `after` is ready, on all devices of this process. What is ready on one device says nothing of another: where a
-        pool is sharded, `after` must live on each of its devices. (`np.asarray` of a replicated output waits for one of
-        them.) With `jax.distributed`, each process waits for its own devices, and sees their records only.
+        pool is sharded, `after` must live on each of its devices. (`np.asarray` of a replicated output may wait for one
+        of them only.) With `jax.distributed`, each process waits for its own devices, and sees their records only.
 
         To ask without waiting: `all(x.is_ready() for x in jax.tree.leaves(after))` is true when this would not wait.
         Ask it only of arrays that no step was given to donate: jax 0.10 ends the process otherwise.

@@ -170,12 +170,12 @@ class PoolBytes(np.ndarray[tuple[int, ...], np.dtype[Any]]):
     has_landed = True  # of an array that was never a host pool's
 
     @classmethod
-    def of(cls, memory: npt.NDArray[np.uint8]) -> Self:
+    def of(cls, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """A view of a host pool's memory, nothing of which has landed."""
-        # Of a memoryview: NumPy shortens the bases of a plain view to the first plain array, and would leave out this.
-        view = cls(memory.shape, np.uint8, memory.data)
+        view = memory.view(cls)
         view.has_landed = False
-        return view
+        # A slice: NumPy makes a plain view of `view` one of `memory`, but that of a slice keeps the slice as its base.
+        return view[:]
 
     def __array_finalize__(self, source: object) -> None:
         self.has_landed = getattr(source, "has_landed", True)

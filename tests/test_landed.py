@@ -1,9 +1,8 @@
 """When has a page landed? `HostPool.landed` beside steps that have not run yet, on one device and on several of which
-one is late, and what a put refuses to take."""
+one is late. test_put.py has what a put makes of it."""
 
 import concurrent.futures
 import functools
-import pickle
 import threading
 
 import jax
@@ -12,13 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-pytest.importorskip("xxhash", reason="page stores need xxhash")
+from jax_kvpool import DevicePool, HostPool, PageSpec, store
 
-from jax_kvpool import DevicePool, HostMemory, HostPool, PageSpec, store
-from jax_kvpool.stores import FileStore, MemoryStore, Namespace, Outcome
-from jax_kvpool.testing.stores import outcomes, page_hashes
-
-STORED, MISSING = Outcome.STORED, Outcome.MISSING
 PAGES, LAYERS, HEADS_PER_DEVICE = 6, 2, 2
 SPEC = PageSpec.uniform(4, LAYERS, {"k": ((HEADS_PER_DEVICE, 8), "float32"), "v": ((HEADS_PER_DEVICE, 8), "float32")})
 REPLICATED = PartitionSpec()
@@ -147,26 +141,21 @@ def test_landed_waits_for_every_device(late):
     for record, page in zip(records, [4, 1], strict=True):
         assert np.shares_memory(record, pools.host.record(page, shard=late)) and record.flags.writeable
         np.testing.assert_array_equal(record, pools.host.record(page, shard=late))
-    namespace = Namespace(SPEC, pools.host.layout, "a model", late, num_devices)
-    with MemoryStore(namespace) as pages:
-        assert outcomes(pages.put(page_hashes(4, 1), records)) == [STORED] * 2
 
 
-def test_landed_waits_for_all_of_after():
-    """Also for the last of several arrays that are each on one device."""
-    events = [threading.Event() for _ in range(2)]
+@pytest.mark.parametrize("late", [0, 1])
+def test_landed_waits_for_all_of_after(late):
+    """Whichever of several arrays, each on a device of its own, comes last."""
+    go = threading.Event()
     host = HostPool.create(SPEC, PAGES, device=Mesh(np.array(cpus(2)), ("tp",)))
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         try:
-            first, second = (late_zero(d, event) for d, event in zip(cpus(2), events, strict=True))
-            landed = thread.submit(host.landed, [0], after={"first": first, "rest": [second]})
-            for event in events:
-                with pytest.raises(concurrent.futures.TimeoutError):
-                    landed.result(timeout=0.5)
-                event.set()
+            zeros = [late_zero(d, go) if i == late else jax.device_put(0.0, d) for i, d in enumerate(cpus(2))]
+            landed = thread.submit(host.landed, [0], after={"first": zeros[0], "rest": [zeros[1]]})
+            with pytest.raises(concurrent.futures.TimeoutError):
+                landed.result(timeout=0.5)
         finally:
-            for event in events:
-                event.set()
+            go.set()
         assert len(landed.result()) == 1
 
 
@@ -326,96 +315,3 @@ def test_the_records_are_those_asked_for():
     for index in range(2):
         for record, page in zip(host.landed(np.array([4, 0]), after=jnp.ones(3), index=index), [4, 0], strict=True):
             np.testing.assert_array_equal(record, host.record(page, index))
-
-
-# ---- what a put takes ----
-
-
-@pytest.fixture(params=["memory", "files"])
-def pages(request, host, tmp_path):
-    """A store."""
-    namespace = Namespace(SPEC, host.layout, "a model")
-    with MemoryStore(namespace) if request.param == "memory" else FileStore(namespace, tmp_path) as pages:
-        yield pages
-
-
-def submitted(pages, method, *args):
-    return pages.submit(getattr(pages, method), *args).result()
-
-
-def called(pages, method, *args):
-    return getattr(pages, method)(*args)
-
-
-VIEWS = {
-    "itself": lambda record: record,
-    "all of it": lambda record: record[:],
-    "a view of a view": lambda record: record[4:][:-4].view()[...],
-    "through another shape": lambda record: record.reshape(2, -1).reshape(-1),
-    "through another dtype": lambda record: record.view(np.uint32).view(np.uint8),
-    "asarray": np.asarray,
-    "a view of asarray": lambda record: np.asarray(np.asarray(record)[2:])[1:],
-    "ascontiguousarray": np.ascontiguousarray,
-    "a plain view": lambda record: record.view(np.ndarray),
-    "frombuffer": lambda record: np.frombuffer(record, np.uint8),
-    "a memoryview": lambda record: np.asarray(memoryview(record)[1:]),
-    "over its buffer": lambda record: np.ndarray(record.shape, np.uint8, buffer=record),
-    "strides": lambda record: np.lib.stride_tricks.as_strided(record, (1, record.size))[0],
-    "a copy": lambda record: record.copy(),
-    "a view of a copy": lambda record: np.asarray(record.copy())[:],
-}
-SHORTER = ["a view of a view", "a view of asarray", "a memoryview"]
-
-
-@pytest.mark.parametrize("call", [called, submitted])
-@pytest.mark.parametrize("view", VIEWS)
-def test_a_record_that_may_not_have_landed_is_refused(pages, host, call, view):
-    """A program that dispatches a step and puts at once persists what was there before the step."""
-    for record in (host.record(1, writable=True), host.record(1)):
-        buffers = [np.zeros(pages.record_bytes, np.uint8), VIEWS[view](record)]
-        with pytest.raises(ValueError, match=r"buffers\[1\]: .*host\.landed\(\[page, \.\.\.\], after=output\)"):
-            call(pages, "put", page_hashes(0, 1), buffers)
-    assert outcomes(pages.contains(page_hashes(0, 1))) == [MISSING] * 2
-
-
-def test_the_memory_of_a_host_pool_is_refused_too(pages, host):
-    num_bytes = pages.record_bytes
-    for view in (host.memories[0].view(0, num_bytes, writable=True), host.memories[0].view(writable=True)[:num_bytes]):
-        for buffer in (view, np.asarray(view)):
-            with pytest.raises(ValueError, match=r"buffers\[0\]: .*host\.landed"):
-                pages.put(page_hashes(0), [buffer])
-
-
-def test_what_has_landed_is_no_mark_of_the_page(pages, host):
-    """Another step may store into it later."""
-    record = host.record(1, writable=True)
-    host.landed([1], after=jnp.ones(3))
-    host.unchecked_record(1)
-    for buffer in (record, host.record(1, writable=True)):
-        with pytest.raises(ValueError, match="landed"):
-            pages.put(page_hashes(0), [buffer])
-
-
-@pytest.mark.parametrize("call", [called, submitted])
-@pytest.mark.parametrize("view", [name for name in VIEWS if name not in SHORTER])
-@pytest.mark.parametrize("form", ["landed", "unchecked"])
-def test_what_has_landed_is_taken(pages, host, form, view, call):
-    (record,) = host.landed([1], after=jnp.ones(3)) if form == "landed" else [host.unchecked_record(1)]
-    record[:] = 7
-    assert outcomes(call(pages, "put", page_hashes(0), [VIEWS[view](record)])) == [STORED]
-    target = host.record(2, writable=True)  # to get into
-    assert outcomes(call(pages, "get", page_hashes(0), [target])) == [Outcome.FOUND]
-    assert (target[:-128] == 7).all() and not host.record(3).any()
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        functools.partial(np.zeros, dtype=np.uint8),
-        lambda num_bytes: np.frombuffer(bytearray(num_bytes), np.uint8),
-        lambda num_bytes: HostMemory(num_bytes).view(writable=True),  # no host pool's
-        lambda num_bytes: pickle.loads(pickle.dumps(HostPool.create(SPEC, 1).record(0).copy()))[:num_bytes],
-    ],
-)
-def test_memory_from_elsewhere_is_taken(pages, make):
-    assert outcomes(pages.put(page_hashes(0), [make(pages.record_bytes)])) == [STORED]
