@@ -288,7 +288,7 @@ class Server:
         logits, next_tokens, self.device = step(
             self.config, self.params, self.device, self.host, batch, self._padded(loads), self._padded(stores)
         )
-        next_tokens = np.asarray(next_tokens)  # waits; when they are here, the stored pages have landed
+        next_tokens = np.asarray(next_tokens)  # waits; then the stored pages have landed: it is one device
         seconds = time.perf_counter() - begin
         self.on_loaded(*loads)
         self.on_stored(*stores)

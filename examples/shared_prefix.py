@@ -50,7 +50,8 @@ class SharingServer(Server):
         missing = [key for key in request.prefixes if key not in self.cache.pages]
         hits = [result.is_hit for result in self.store.contains(missing)]
         pages = list(self.cache.insert(missing[: (*hits, False).index(False)]).values())
-        results = self.store.get(missing[: len(pages)], self.records(pages))
+        records = [self.host.record(page, writable=True) for page in pages]
+        results = self.store.get(missing[: len(pages)], records)
         # A page is good for nothing without those before it.
         num_found = (*(result.is_hit for result in results), False).index(False)
         self.cache.drop(missing[num_found : len(pages)])
@@ -58,17 +59,15 @@ class SharingServer(Server):
         return num_found
 
     def on_stored(self, device_pages: Pages, host_pages: Pages) -> None:
-        """Puts what has landed in the host pool, and waits. A server with more to do uses `store.submit`, and keeps the
-        host pages pinned until the future is done."""
+        """Waits until the step has stored the pages into the host pool, puts them, and waits for that. A server with
+        more to do uses `store.submit`, and keeps the host pages pinned until the future is done."""
         if not len(host_pages):
             return
         keys = {page: key for key, page in self.cache.pages.items()}
-        for result in self.store.put([keys[page] for page in host_pages], self.records(host_pages)):
+        records = self.host.landed(host_pages, after=self.device)
+        for result in self.store.put([keys[page] for page in host_pages], records):
             if not result.is_hit:
                 print(f"a page was not stored: {result.reason}", file=sys.stderr)
-
-    def records(self, host_pages: Pages) -> list[np.ndarray]:
-        return [self.host.record(page, writable=True) for page in host_pages]
 
 
 def requests_of(num_tokens: int, vocab: int, page_size: int) -> tuple[Request, Request]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpool.layout import HOST_LAYOUTS, Layout, PageSpec, Placement, named_layout
-from jax_kvpool.memory import PIECE_BYTES, DlpackExport, HostMemory
+from jax_kvpool.memory import PIECE_BYTES, DlpackExport, HostMemory, PoolBytes
 
 __all__ = ["HostPool"]
 
@@ -44,6 +44,8 @@ class HostPool:
         self.layout = layout
         self.num_pages = num_pages
         self.memories = memories
+        for memory in memories:
+            memory.is_of_pool = True
 
     @classmethod
     def create(
@@ -100,7 +102,8 @@ class HostPool:
         """The bytes of a page record, padding included: one key of a page store. A view, not a copy.
 
         `index`: which record, where the layout has one for each name. The caller sees to it that no running step
-        stores into or (if writable) loads from the page meanwhile.
+        stores into or (if writable) loads from the page meanwhile. So a page store gets into such a view, but does not
+        put it: see `landed`.
 
         Raises: `ValueError` for a layout without records or a closed pool, `IndexError` for a page, index or shard that
         is not there.
@@ -113,6 +116,50 @@ class HostPool:
             raise IndexError(f"index: expected 0 to {len(records) - 1}, got {index}")
         begin = records[index].offset + page * records[index].num_bytes
         return self._memory(shard).view(begin, begin + records[index].num_bytes, writable=writable)
+
+    def landed(
+        self, pages: Sequence[int] | npt.NDArray[np.integer[Any]], *, after: Any, index: int = 0, shard: int = 0
+    ) -> list[npt.NDArray[np.uint8]]:
+        """The records of pages that a step has stored: waits, on this thread, until the step has run.
+
+        A step has run on a device when any of its outputs is ready there. So this waits until every shard of all of
+        `after` is ready, on all devices of this process. What is ready on one device says nothing of another: where a
+        pool is sharded, `after` must live on each of its devices. (`np.asarray` of a replicated output may wait for one
+        of them only.) With `jax.distributed`, each process waits for its own devices, and sees their records only.
+
+        To ask without waiting: `all(x.is_ready() for x in jax.tree.leaves(after))` is true when this would not wait.
+        Ask it only of arrays that no step was given to donate: jax 0.10 ends the process otherwise.
+
+        Args:
+          pages: host pages that the step stored. No later step may be about to store into them.
+          after: a pytree of outputs of that step, or of a step that used them. An output that the next step does not
+            donate, such as the sampled tokens; the device pool itself, before the next step is given it.
+          index, shard: of the records, as in `record`.
+
+        Returns:
+          A writable view for each page, in their order. `PageStore.put` takes them.
+
+        Raises:
+          TypeError: `pages` is no sequence; something in `after` is no `jax.Array`, or a tracer.
+          ValueError: `after` has no array, or one that is deleted or the host pool's own; it does not live on all
+            devices of the pool; or as in `record`.
+          IndexError: as in `record`.
+          jax.errors.JaxRuntimeError: the step failed.
+        """
+        if np.ndim(pages) != 1:
+            raise TypeError(f"pages: expected a sequence of page ids, got {pages!r:.80}")
+        records = [self.unchecked_record(page, index, shard=shard) for page in pages]
+        for output in self._outputs(after):
+            output.block_until_ready()
+        return records
+
+    def unchecked_record(self, page: int, index: int = 0, *, shard: int = 0) -> npt.NDArray[np.uint8]:
+        """As `record`, writable, and `PageStore.put` takes it, unchecked: the caller vouches that no step is about to
+        store into the page. For pages that no step has stored, such as those that came from another store."""
+        record = self.record(page, index, shard=shard, writable=True)
+        assert isinstance(record, PoolBytes)
+        record.has_landed = True
+        return record
 
     def slab(self, page: int, name: str, layer: int, *, shard: int = 0, writable: bool = False) -> npt.NDArray[Any]:
         """One slab of a page, `(page_size, *shape)` of its dtype. A view, as `record`; `KeyError` if there is none."""
@@ -144,6 +191,37 @@ class HostPool:
             self.array.delete()
         for memory in self.memories:
             memory.close()
+
+    def _outputs(self, after: Any) -> list[jax.Array]:
+        """The arrays of `after`, which together live on all devices of the pool."""
+        outputs, devices = [], set[jax.Device]()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+            name = f"after{jax.tree_util.keystr(path)}"
+            if isinstance(leaf, jax.core.Tracer):
+                raise TypeError(f"{name}: expected an output of a step, got a tracer: call landed outside of jit")
+            if not isinstance(leaf, jax.Array):
+                raise TypeError(
+                    f"{name}: expected a jax.Array, an output of the step that stored the pages, got {leaf!r:.80}"
+                )
+            if leaf is self.array:
+                raise ValueError(
+                    f"{name}: expected an output of the step that stored the pages, got the host pool itself"
+                )
+            if leaf.is_deleted():
+                raise ValueError(
+                    f"{name}: expected an output that is there, got one that is deleted, or donated to a later step: "
+                    "pass one that the next step does not donate"
+                )
+            outputs.append(leaf)
+            devices |= leaf.sharding.addressable_devices
+        if not outputs:
+            raise ValueError(f"after: expected outputs of the step that stored the pages, got {after!r:.80}")
+        if missing := self.array.sharding.addressable_devices - devices:
+            names = ", ".join(sorted(map(str, missing)))
+            raise ValueError(
+                f"after: expected an output that lives on every device of the host pool, got none on {names}"
+            )
+        return outputs
 
     def _check_page(self, page: int) -> None:
         if not 0 <= page < self.num_pages:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from jax_kvpool import _cpu
 from jax_kvpool._runtime import cuda_module
 
-__all__ = ["HostMemory", "available_bytes"]
+__all__ = ["HostMemory", "PoolBytes", "available_bytes", "has_landed"]
 
 _HUGE_PAGES: Final = {
     "none": _cpu.HugePages.NONE,
@@ -93,6 +93,7 @@ class HostMemory:
 
         self.num_bytes: Final = num_bytes
         self.cuda_device: Final = cuda_device
+        self.is_of_pool = False  # set by a HostPool, into which steps store
         if numa_node == "auto":
             node = -1 if cuda is None else _numa_node(cuda.pci_address(cuda_device))
             try:
@@ -119,14 +120,16 @@ class HostMemory:
         return self._memory.address
 
     def view(self, begin: int = 0, end: int | None = None, *, writable: bool = False) -> npt.NDArray[np.uint8]:
-        """Bytes `[begin, end)` as a NumPy array over the same memory, which it keeps mapped.
+        """Bytes `[begin, end)` as a NumPy array over the same memory, which it keeps mapped; of a host pool's memory,
+        as `PoolBytes`.
 
         Raises `ValueError` if closed, `IndexError` if the range is not inside.
         """
         end = self.num_bytes if end is None else end
         if not 0 <= begin <= end <= self.num_bytes:
             raise IndexError(f"bytes [{begin}, {end}): expected a range inside [0, {self.num_bytes})")
-        view = self._memory.view()[begin:end]
+        memory = self._memory.view()
+        view = (PoolBytes.of(memory) if self.is_of_pool else memory)[begin:end]
         view.flags.writeable = writable
         return view
 
@@ -155,6 +158,37 @@ class HostMemory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+class PoolBytes(np.ndarray[tuple[int, ...], np.dtype[Any]]):
+    """Bytes of a host pool, into which a step that has not run yet may be about to store.
+
+    Attributes:
+      has_landed: whether somebody has seen to it that none is. Views and copies inherit it.
+    """
+
+    has_landed = True  # of an array that was never a host pool's
+
+    @classmethod
+    def of(cls, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """A view of a host pool's memory, nothing of which has landed."""
+        view = memory.view(cls)
+        view.has_landed = False
+        # A slice: NumPy makes a plain view of `view` one of `memory`, but that of a slice keeps the slice as its base.
+        return view[:]
+
+    def __array_finalize__(self, source: object) -> None:
+        self.has_landed = getattr(source, "has_landed", True)
+
+
+def has_landed(array: object) -> bool:
+    """`PoolBytes.has_landed` of what the array is, or is a view of: `np.asarray`, `np.frombuffer` and their like forget
+    the class, but not the base. `True` for memory from elsewhere, which no step writes."""
+    while array is not None:
+        if isinstance(array, PoolBytes):
+            return array.has_landed
+        array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)
+    return True
 
 
 class DlpackExport:

@@ -7,6 +7,7 @@ compile-only device has no memory spaces, so the host pool's is written into the
 import importlib.util
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -45,8 +46,9 @@ def abstract_pools(spec, mesh, layout="per_layer", num_device_pages=192, num_hos
     return device, HostPool(array, spec, HOST_LAYOUTS["page_first"], num_host_pages)
 
 
-def compile_for_h100(function, *args, donate=0):
-    """The scheduled HLO of `jit(function, donate_argnums=donate)(*args)`; uint8 arguments are in pinned host memory."""
+def compile_for_h100(function, *args, donate=0, dump=None):
+    """The scheduled HLO of `jit(function, donate_argnums=donate)(*args)`; uint8 arguments are in pinned host memory.
+    `dump`: a new directory for what `Buffers` reads."""
     lowered = jax.jit(function, donate_argnums=donate).lower(*args)
     module = lowered.compiler_ir("stablehlo")
     with module.context:
@@ -58,7 +60,46 @@ def compile_for_h100(function, *args, donate=0):
                 new["mhlo.memory_kind"] = ir.StringAttr.get("pinned_host")
             attributes.append(ir.DictAttr.get(new))
         main.arg_attrs = ir.ArrayAttr.get(attributes)
-    return lowered.compile().as_text()
+    options = {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True} if dump else None
+    return lowered.compile(compiler_options=options).as_text()
+
+
+class Value(NamedTuple):
+    """A value of a compiled program: what defines it, its bytes, and the numbers of the first and the last instruction
+    of the schedule at which it lives. The instructions of a loop's body have numbers before the loop's."""
+
+    name: str
+    allocation: int
+    offset: int
+    num_bytes: int
+    shape: str
+    begin: int
+    end: int
+
+    def overlaps(self, other):
+        return self.allocation == other.allocation and (
+            self.offset < other.offset + other.num_bytes and other.offset < self.offset + self.num_bytes
+        )
+
+
+class Buffers:
+    """Which bytes the values of a program have, and when: XLA's buffer assignment, as `compile_for_h100` dumps it."""
+
+    def __init__(self, dump):
+        (assignment,) = dump.glob("*after_optimizations-buffer-assignment.txt")
+        (ranges,) = dump.glob("*after_optimizations-live-range.txt")
+        sequence = re.findall(r"^    (\d+):(\S+)$", ranges.read_text(), re.M)
+        self.position = {name: int(number) for number, name in sequence}
+        lives = {n: (int(b), int(e)) for n, b, e in re.findall(r"^    (\S+):(\d+)-(\d+)$", ranges.read_text(), re.M)}
+        self.values = []
+        for line in assignment.read_text().splitlines():
+            if match := re.match(r"allocation (\d+):", line):
+                allocation = int(match[1])
+            elif match := re.match(r" value: <\d+ (\S+?)(\{[\d,]*\})? .*\(size=(\d+),offset=(\d+)\): (.*)", line):
+                name, index, num_bytes, offset, shape = match.groups()
+                life = lives.get(name + (index or "{}"))
+                if life:
+                    self.values.append(Value(name, allocation, int(offset), int(num_bytes), shape, *life))
 
 
 def copies_of(hlo, num_elements_at_least):

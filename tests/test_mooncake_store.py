@@ -48,7 +48,7 @@ class Client:
         self.store = MooncakeStore(namespace(spec), MooncakeConfig(address, "127.0.0.1"), **options)
         self.pool = HostPool.create(spec, num_pages)
         self.store.register(self.pool.memories[0])
-        self.buffers = [self.pool.record(page, writable=True) for page in range(num_pages)]
+        self.buffers = [self.pool.unchecked_record(page) for page in range(num_pages)]
         for page, buffer in enumerate(self.buffers):
             buffer[:] = page % 251
 
@@ -390,13 +390,12 @@ def test_other_memory_is_refused(empty):
     with Client(empty.address, num_pages=2) as client:
         store, (memory,) = client.store, client.pool.memories
         store.register(memory)
-        view = memory.view(writable=True)
-        strangers = [np.zeros(4096, np.uint8), HostPool.create(SMALL, 1).record(0, writable=True)]
+        strangers = [np.zeros(4096, np.uint8), HostPool.create(SMALL, 1).unchecked_record(0)]
         for stranger in strangers:
             with pytest.raises(ValueError, match=r"buffers\[1\]: not in memory that the store knows"):
-                store.put(page_hashes(1, 2), [view[:4096], stranger])
+                store.put(page_hashes(1, 2), [client.buffers[0], stranger])
         assert outcomes(store.contains(page_hashes(1))) == [MISSING]
-        assert outcomes(store.put(page_hashes(1), [view[-4096:]])) == [STORED]  # the last one is inside
+        assert outcomes(store.put(page_hashes(1), [client.buffers[-1]])) == [STORED]  # the last one is inside
 
 
 @needs_servers

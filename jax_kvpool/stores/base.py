@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jax_kvpool.layout import Layout, PageSpec, fingerprint
-from jax_kvpool.memory import HostMemory
+from jax_kvpool.memory import HostMemory, has_landed
 from jax_kvpool.stores import trailer
 
 __all__ = ["Namespace", "Outcome", "PageStore", "Result"]
@@ -120,7 +120,8 @@ class Result:
 
 
 Buffer = npt.NDArray[np.uint8]
-"""The bytes of one page record, `HostPool.record(page, writable=True)`."""
+"""The bytes of one page record: to get into, `HostPool.record(page, writable=True)`, and to put, one of
+`HostPool.landed(pages, after=output)`. Other memory of the caller's serves too."""
 
 
 class PageStore(abc.ABC):
@@ -137,6 +138,9 @@ class PageStore(abc.ABC):
       that this is that page of this namespace, and its checksum is right. What is not is removed, counted
       (`num_corrupt`), logged once and `MISSING`, with a reason. After any other outcome than `FOUND` the buffer's
       content is undefined. Only `get` looks: what `contains` and `put` call `EXISTS` may be wrong.
+    - **What has landed.** A `put` keeps the bytes that are there. A record of a host pool into which a step is about to
+      store has those of before, so `put` refuses `HostPool.record`: a step may have been dispatched, but not have run.
+      It takes the records of `HostPool.landed`, which waits for the step, and `HostPool.unchecked_record`.
     - **Zero copy.** Buffers are the caller's records, borrowed until the call returns: not to be touched by anybody, a
       step that stores or loads the page included. Only a `put` may run beside loads of its pages: all that it writes is
       the trailer, in the record's padding, so its buffers are writable too. A record may be in one call at a time.
@@ -180,7 +184,17 @@ class PageStore(abc.ABC):
 
     def put(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[Result]:
         """Stores pages that are not there yet: `STORED`, `EXISTS` or `FAILED` for each. The records are sealed first:
-        the store writes their trailers."""
+        the store writes their trailers.
+
+        `buffers`: of a host pool, records of `landed` or `unchecked_record`; `ValueError` for others, or what NumPy has
+        made of others."""
+        for i, buffer in enumerate(buffers):
+            if not has_landed(buffer):
+                raise ValueError(
+                    f"buffers[{i}]: expected a record that has landed, from host.landed([page, ...], after=output), "
+                    "got a view of a host pool into which a step may be about to store; if none is, pass "
+                    "host.unchecked_record(page)"
+                )
         names = self._checked(keys, buffers)
 
         def put() -> list[Result]:
@@ -316,7 +330,7 @@ class PageStore(abc.ABC):
                     f"buffers[{i}]: expected {self.record_bytes} contiguous bytes, a page record, got {buffer.size}"
                 )
             if not buffer.flags.writeable:
-                raise ValueError(f"buffers[{i}]: expected a writable view, host.record(page, writable=True)")
+                raise ValueError(f"buffers[{i}]: expected a writable array, got one to read")
         addresses = sorted(buffer.ctypes.data for buffer in buffers)
         if any(b - a < self.record_bytes for a, b in itertools.pairwise(addresses)):
             raise ValueError("buffers: two overlap, or one occurs twice")

@@ -60,7 +60,7 @@ class Client:
 
     Attributes:
       store, pool: both closed by `close`.
-      buffers: the record of each page of the pool, writable.
+      buffers: the record of each page of the pool, to get into and to put: no step stores into the pool.
     """
 
     def __init__(self, make_store: MakeStore, namespace: Namespace, num_pages: int, pool: HostPool | None) -> None:
@@ -68,7 +68,7 @@ class Client:
         self.namespace = namespace
         self.pool = pool or HostPool.create(namespace.spec, num_pages, namespace.layout)
         self.buffers: list[Buffer] = [
-            self.pool.record(page, namespace.record, writable=True) for page in range(self.pool.num_pages)
+            self.pool.unchecked_record(page, namespace.record) for page in range(self.pool.num_pages)
         ]
         self.open()
 
