@@ -77,8 +77,8 @@ def run_layers(
       device, host: the pools.
       load, store: `(device_pages, host_pages)` of the pages to load and to store; ids as in `jax_kvpool.load`. The load
         comes after the store: a page may be stored and then be the target of a load. By default none.
-      max_blocks: thread blocks of each of the two kernels that run beside the model, at most. Default: those of this
-        GPU's `Tuning`.
+      max_blocks: thread blocks of each of the two kernels that run beside the model, at most; an int, as in
+        `jax_kvpool.load`. Default: those of this GPU's `Tuning`.
 
     Returns:
       `(x, device)`.
