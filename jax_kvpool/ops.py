@@ -57,7 +57,8 @@ def load(
       device_pages, host_pages: int32 arrays, or lists of ints (also NumPy's, no bools), of one length. A pair with
         an id outside of its pool is skipped (pad with -1); `page_status` says which. A page twice among the targets:
         each byte is from either. Empty is fine. With host_pages from `host_ids`, the copy engine moves what is enough
-        for it, in all and at once, by way of staging that XLA plans (on an H100 16 MB, or room for two pages).
+        for it, in all and at once, by way of staging that XLA plans (on an H100 16 MB, or room for two pages). (An
+        argument of a jitted function that is an int64 array JAX itself casts to int32, unchecked: make it int32.)
       layer: only this layer; an int or anything with `__index__`, not a bool; or a traced int32 (in a scan; with ids in
         device memory) if all layers are alike. Default: all.
       max_blocks: thread blocks of the kernel, at most; more disturb the model, fewer slow down the copy. Default: that

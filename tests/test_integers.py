@@ -5,6 +5,7 @@ import enum
 import inspect
 import itertools
 import re
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -108,14 +109,14 @@ class MooncakeLibrary:
 @pytest.fixture(autouse=True)
 def seams(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(memory._cpu, "HostMemory", Mapping)
-    monkeypatch.setattr(memory, "cuda_module", Cuda)
     monkeypatch.setattr(mooncake, "_library", lambda: MooncakeLibrary)
     file_store.directory = tmp_path_factory.getbasetemp() / "files"  # one for all: making it is what takes time
 
 
 def mapping(num_bytes=100, **options):
     Mapping.log.clear()
-    HostMemory(num_bytes, **options).close()
+    with unittest.mock.patch.object(memory, "cuda_module", Cuda):
+        HostMemory(num_bytes, **options).close()
     return list(Mapping.log)
 
 
@@ -269,7 +270,7 @@ DOORS = {
         lambda n: with_memory(9, lambda host: jax.dlpack.from_dlpack(host.dlpack(n, (1, 0))).shape)
     ),
     "HostMemory.dlpack(device)": Door(
-        lambda n: with_memory(9, lambda host: host.dlpack(1, (n, 0)).__dlpack_device__()), 1
+        lambda n: with_memory(9, lambda host: host.dlpack(1, (n, n)).__dlpack_device__()), 1
     ),
     "HostMemory.id_buffers(buffer_bytes)": Door(lambda n: with_memory(100, lambda host: num_buffers(host, n)), 16),
     "PageAllocator(num_pages)": Door(lambda n: ((pages := PageAllocator(n)).allocate(2).tolist(), pages.num_free)),
@@ -411,6 +412,45 @@ def test_blocks_that_no_grid_has(op, number):
     pools = DevicePool.create(SPEC, 5), HostPool.create(SPEC, 6)
     with pytest.raises(ValueError, match=r"^max_blocks: expected a positive int"):
         op(*pools, ONE, ONE, max_blocks=number)
+
+
+@pytest.mark.parametrize(
+    ("door", "number"),
+    [
+        ("HostMemory(num_bytes)", np.int8(-1)),
+        ("HostMemory(cuda_device)", -1),
+        ("HostMemory(cuda_device)", 2**32),
+        ("HostMemory(numa_node)", -2),
+        ("HostMemory(numa_node)", 2**32),
+        ("HostMemory(num_threads)", 2**32 + 1),
+        ("HostMemory.id_buffers(buffer_bytes)", 0),
+        ("HostMemory.id_buffers(buffer_bytes)", np.uint64(2**63)),
+        ("DevicePool.wrap(page_size)", 0),
+        ("DevicePool.wrap(page_size)", np.int8(-4)),
+        ("PageSpec.uniform(num_layers)", -1),
+        ("Tuning(max_blocks)", np.int64(2**31)),
+        ("Tuning(max_store_blocks_beside)", 2**63),
+        ("PageStore(num_threads)", np.int8(0)),
+        ("FileStore(depth)", np.int8(0)),
+        ("FileStore(depth)", 2**63),
+        ("MooncakeConfig(local_buffer_size)", np.int8(-1)),
+        ("MooncakeConfig(local_buffer_size)", np.uint64(2**63)),
+        ("MooncakeConfig(local_buffer_size)", "inf"),
+        ("MooncakeConfig(local_buffer_size)", "nan gb"),
+        ("MooncakeStore(timeout)", np.int8(0)),
+        ("MooncakeStore(timeout)", 1e300),
+        ("MooncakeStore(retry_s)", -0.5),
+    ],
+)
+def test_out_of_range_by_name(door, number):
+    parameter = re.search(r"\((.*)\)", door)[1]
+    with pytest.raises(ValueError, match=f"^{parameter}: expected .* got "):
+        DOORS[door].call(number)
+
+
+def test_a_text_of_many_digits_is_exact():
+    """A float has 53 bits."""
+    assert MooncakeConfig("a:1", local_buffer_size=str(2**53 + 1)).local_buffer_size == 2**53 + 1
 
 
 # ---- caches, and what else two equal numbers share ----
