@@ -676,11 +676,11 @@ def test_a_page_that_was_put_is_got(sparse, ids):
             np.testing.assert_array_equal(flat[number * record_bytes :][: content.size], content)
 
 
-def number_of_bytes(pages):
+def int32_array(pages):
     return np.asarray(pages, np.int32)
 
 
-@pytest.mark.parametrize("as_ids", [list, number_of_bytes, host_ids])
+@pytest.mark.parametrize("as_ids", [list, int32_array, host_ids])
 def test_loads_and_stores_in_a_large_host_pool(sparse, ids, as_ids):
     host = HostPool.create(LARGE, np.int64(NUM_PAGES), huge_pages="none")
     flat, record_bytes = host.memories[0].view(), host.placement.page_bytes
