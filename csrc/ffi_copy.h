@@ -34,8 +34,8 @@ auto BindScratch(Binding binding) {
 
 // Binds the operands of a load or store to a platform's own (a stream, or nothing).
 // A store changes the host pool although it is an operand. What orders the calls is the arrays of the device pool: each
-// call takes all that it concerns, a load returns them, aliased, and a store returns the last one. The bytes of a slab in
-// the host pool are touched only by calls on the array that holds the same slab.
+// call takes all that it concerns, a load returns them, aliased, and a store returns the last one. The bytes of a slab
+// in the host pool are touched only by calls on the array that holds the same slab.
 template <typename Binding>
 auto BindOperands(Binding& binding) {
   return std::move(binding)

@@ -103,8 +103,8 @@ ffi::Error StartCuda(cudaStream_t stream, ffi::RunId run, HostArray host, PageId
   if (const auto error = load.Read(AsSpan(load_plan), *live_memory, stream)) return FailedPrecondition(*error);
   if (const auto error = store.Read(AsSpan(store_plan), *live_memory, stream)) return FailedPrecondition(*error);
 
-  auto flight = std::make_shared<Flight>(*memory, run.run_id, *side, std::move(store), std::move(load),
-                                         AsSpan(wait_stages));
+  auto flight =
+      std::make_shared<Flight>(*memory, run.run_id, *side, std::move(store), std::move(load), AsSpan(wait_stages));
   flight->CountStart();
   if (const cudaError_t error = flight->Start(stream)) {
     flight->Abandon();
@@ -136,19 +136,21 @@ ffi::Error WaitForStage(cudaStream_t stream, Flight& flight, std::span<const Byt
 ffi::Error WaitCuda(cudaStream_t stream, ffi::RunId run, Scratch scratch, ffi::RemainingArgs operands,
                     ffi::Result<Scratch> same, ffi::RemainingRets results, Integers indices) {
   const auto flight = flights.Find(scratch.untyped_data(), run.run_id);
-  if (!flight) {
-    return FailedPrecondition("a wait without a start: XLA copied the scratch of the copies while it was in use");
-  }
   const auto waited = [&]() -> ffi::Error {
+    if (!flight) {
+      return FailedPrecondition("a wait without a start: XLA copied the scratch of the copies while it was in use");
+    }
     if (const auto memory = InPlace(scratch, same); memory.has_error()) return memory.error();
     auto in_place = InPlace(operands, results);
     if (in_place.has_error()) return in_place.error();
     in_place->resize(results.size());
     return WaitForStage(stream, *flight, *in_place, AsSpan(indices));
   }();
-  if (waited.success() && !flight->IsOver()) return waited;
-  flights.Remove(*flight);
-  if (waited.failure()) flight->Abandon();  // the step has failed, and what runs must not outlive its buffers
+  if (waited.failure()) {
+    flights.AbandonOf(run.run_id);  // the step has failed
+  } else if (flight->IsOver()) {
+    flights.Remove(*flight);
+  }
   return waited;
 }
 
@@ -162,6 +164,8 @@ void AbandonFlights(const void* host, int64_t bytes) {
   const Bytes memory = {static_cast<char*>(const_cast<void*>(host)), bytes};
   flights.AbandonOver({{memory}});
 }
+
+int64_t NumFlights() { return static_cast<int64_t>(flights.size()); }
 
 int64_t NumHandlerCalls() { return num_handler_calls.load(std::memory_order_relaxed); }
 

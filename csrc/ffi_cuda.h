@@ -23,6 +23,9 @@ void SetLiveMemory(const LiveMemory* live);
 // Waits, on the host, for copies from or to this host memory that a failed step has left behind, and forgets them.
 void AbandonFlights(const void* host, int64_t bytes);
 
+// How many starts are not yet waited for to the end.
+int64_t NumFlights();
+
 // How often a handler has enqueued (or captured) a copy in this process: replays of a CUDA graph do not count.
 int64_t NumHandlerCalls();
 

@@ -84,21 +84,36 @@ void Flights::Remove(const Flight& flight) {
   std::erase_if(flights_, [&](const auto& other) { return other.get() == &flight; });
 }
 
-void Flights::AbandonOver(std::span<const Bytes> bytes) {
+size_t Flights::size() const {
+  const std::lock_guard lock(mutex_);
+  return flights_.size();
+}
+
+template <typename Predicate>
+void Flights::AbandonIf(Predicate is_lost) {
   std::vector<std::shared_ptr<Flight>> lost;
   {
     const std::lock_guard lock(mutex_);
-    const auto touches = [&](const Bytes& other) {
-      return std::any_of(bytes.begin(), bytes.end(), [&](const Bytes& some) { return Overlap(some, other); });
-    };
-    const auto begin = std::partition(flights_.begin(), flights_.end(), [&](const auto& flight) {
-      return !(touches(flight->scratch()) || touches(flight->host()) ||
-               std::any_of(flight->arrays().begin(), flight->arrays().end(), touches));
-    });
+    const auto begin =
+        std::partition(flights_.begin(), flights_.end(), [&](const auto& flight) { return !is_lost(*flight); });
     lost.assign(begin, flights_.end());
     flights_.erase(begin, flights_.end());
   }
   for (const auto& flight : lost) flight->Abandon();
+}
+
+void Flights::AbandonOver(std::span<const Bytes> bytes) {
+  const auto touches = [&](const Bytes& other) {
+    return std::any_of(bytes.begin(), bytes.end(), [&](const Bytes& some) { return Overlap(some, other); });
+  };
+  AbandonIf([&](const Flight& flight) {
+    return touches(flight.scratch()) || touches(flight.host()) ||
+           std::any_of(flight.arrays().begin(), flight.arrays().end(), touches);
+  });
+}
+
+void Flights::AbandonOf(int64_t run) {
+  AbandonIf([&](const Flight& flight) { return flight.run() == run; });
 }
 
 }  // namespace kvpool

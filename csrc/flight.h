@@ -76,9 +76,9 @@ class Flight {
   std::vector<std::vector<cudaEvent_t>> done_;  // of each stage that is enqueued: for each direction that is copied
 };
 
-// The flights that are not over. A pool and a scratch belong to one step at a time; where another one has them, the step
-// that had them before has failed between its start and its last wait, and what it left is abandoned before anything
-// else touches them.
+// The flights that are not over. A pool and a scratch belong to one step at a time; where another one has them, the
+// step that had them before has failed between its start and its last wait, and what it left is abandoned before
+// anything else touches them.
 class Flights {
  public:
   // The flight that this execution has started with this scratch; null if there is none.
@@ -86,11 +86,17 @@ class Flights {
   void Add(std::shared_ptr<Flight> flight);
   void Remove(const Flight& flight);
 
-  // Abandons all flights that touch some of these bytes.
+  size_t size() const;
+
+  // Abandons all flights that touch some of these bytes, or that a failed execution has started.
   void AbandonOver(std::span<const Bytes> bytes);
+  void AbandonOf(int64_t run);
 
  private:
-  std::mutex mutex_;
+  template <typename Predicate>
+  void AbandonIf(Predicate is_lost);
+
+  mutable std::mutex mutex_;
   std::vector<std::shared_ptr<Flight>> flights_;  // a few
 };
 

@@ -18,8 +18,8 @@ namespace {
 
 constexpr int64_t kStagingAlignment = 2 * 256;  // of two halves
 
-// Enqueues a copy of ids that are in the CPU's own memory, and may be gone when it is executed. CUDA takes at most 64 KB
-// of such memory before the call returns; with more it would wait for the stream.
+// Enqueues a copy of ids that are in the CPU's own memory, and may be gone when it is executed. CUDA takes at most 64
+// KB of such memory before the call returns; with more it would wait for the stream.
 cudaError_t CopyIds(char* target, const std::vector<int32_t>& ids, cudaStream_t stream) {
   constexpr size_t kMaxIds = (64 << 10) / sizeof(int32_t);
   for (size_t begin = 0; begin < ids.size(); begin += kMaxIds) {
@@ -40,8 +40,8 @@ std::optional<std::string> Transfer::Read(std::span<const int64_t> plan, const L
   if (scratch_.bytes < 2 * ids_bytes) return "the scratch is too small";
   const int64_t staging_bytes = (scratch_.bytes - 2 * ids_bytes) / kStagingAlignment * kStagingAlignment;
   char* copy = scratch_.data + staging_bytes;
-  for (const auto& [pages, readable] : {std::pair(&operands_.host_pages, &ids_.host_pages),
-                                        std::pair(&operands_.device_pages, &ids_.device_pages)}) {
+  for (const auto& [pages, readable] :
+       {std::pair(&operands_.host_pages, &ids_.host_pages), std::pair(&operands_.device_pages, &ids_.device_pages)}) {
     cudaError_t error = cudaSuccess;
     if (live.Covers(*pages, ids_bytes)) {
       readable->assign(*pages, *pages + operands_.num_pairs);

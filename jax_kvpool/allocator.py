@@ -1,4 +1,4 @@
-"""Which pages of a pool are free. NumPy only."""
+"""Which pages of a pool are free. NumPy's arrays only, no pool."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from jax_kvpool._check import MAX_INT32, checked_int, int_array, is_within
 
 __all__ = ["OutOfPagesError", "PageAllocator", "StalePageError"]
 
@@ -26,11 +28,15 @@ class PageAllocator:
 
     Every page has a generation, which freeing it raises. Who keeps a page id for later keeps its generation too, and
     `check` finds out whether the page has had another owner since.
+
+    Numbers of pages are an int or anything with `__index__`, not a bool. Pages are a list of such, or a 1-D array of
+    any integer dtype. Anything else is a `TypeError`.
     """
 
     def __init__(self, num_pages: int) -> None:
-        if num_pages <= 0:
-            raise ValueError(f"num_pages: expected a positive number, got {num_pages}")
+        num_pages = checked_int("num_pages", num_pages)
+        if not 0 < num_pages <= MAX_INT32:
+            raise ValueError(f"num_pages: expected a positive number below {2**31}, got {num_pages}")
         self.num_pages: Final = num_pages
         self.num_free = num_pages
         # A stack: the free pages are _stack[:num_free], page 0 on top at first.
@@ -41,6 +47,7 @@ class PageAllocator:
 
     def allocate(self, num: int) -> npt.NDArray[np.int32]:
         """Takes `num` pages and returns their ids; raises `OutOfPagesError` if fewer are free."""
+        num = checked_int("num", num)
         if num < 0:
             raise ValueError(f"num: expected a number of pages, got {num}")
         if num > self.num_free:
@@ -76,7 +83,7 @@ class PageAllocator:
 
     def check(self, pages: npt.ArrayLike, generations: npt.ArrayLike) -> None:
         """Raises `StalePageError` if a page is free, or was freed since `generations` was read."""
-        ids, then = self._ids(pages), np.asarray(generations)
+        ids, then = self._ids(pages), int_array("generations", generations, "a list or a 1-D array of integers")
         if then.shape != ids.shape:
             raise ValueError(f"generations: expected one for each of {ids.size} pages, got shape {then.shape}")
         stale = ids[self._is_free[ids] | (self._generations[ids] != then)]
@@ -84,9 +91,7 @@ class PageAllocator:
             raise StalePageError(f"pages: {stale.tolist()} were freed since")
 
     def _ids(self, pages: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        ids = np.asarray(pages, None if np.size(pages) else np.int32)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise TypeError(f"pages: expected a 1-D array of page ids, got {ids.dtype}{list(ids.shape)}")
-        if ids.size and (ids.min() < 0 or ids.max() >= self.num_pages):
+        ids = int_array("pages", pages, "a list or a 1-D array of page ids")
+        if not is_within(ids, 0, self.num_pages - 1):
             raise IndexError(f"pages: expected ids from 0 to {self.num_pages - 1}, got {ids.tolist()}")
-        return ids
+        return ids.astype(np.int32)

@@ -1,8 +1,8 @@
 """How a program calls a handler: a custom call that changes some of its operands in place.
 
-`jax.ffi.ffi_call` marks a call that must not be dropped as an effect of JAX's, which costs 0.9 ms at each dispatch. Here
-only XLA is told: it drops, merges and moves out of loops no call of ours. JAX still drops a call of which no result is
-used, as it drops any dead code.
+`jax.ffi.ffi_call` can mark a call that must not be dropped, as an effect of JAX's, which costs 0.9 ms at each dispatch.
+Here only XLA is told: it drops, merges and moves out of loops no call of ours. JAX still drops a call of which no
+result is used, as it drops any dead code.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def fenced(arrays: Sequence[Any]) -> list[jax.Array]:
     """Keeps what is done to the arrays out of the call, and the call out of it.
 
     XLA fuses a slice before a custom call, and an update after it, with the call, and forgets the aliases then: 0.11.2
-    and 0.12.0.1 refuse to compile a dynamic_update_slice of a result. JAX drops all of a barrier or nothing, so who uses
-    one of these arrays uses the calls that made the others.
+    and 0.12.0.1 refuse to compile a dynamic_update_slice of a result. JAX drops all of a barrier or nothing, so who
+    uses one of these arrays uses the calls that made the others.
     """
     fenced: list[jax.Array] = jax.lax.optimization_barrier(list(arrays))  # type: ignore[no-untyped-call]
     return fenced

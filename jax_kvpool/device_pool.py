@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_kvpool._check import MAX_INT32, checked_int
 from jax_kvpool.layout import DEVICE_LAYOUTS, Layout, PageSpec, Placement, Slab, named_layout
 
 __all__ = ["DevicePool"]
@@ -28,14 +29,14 @@ class DevicePool:
         `{"k": array, "v": array}`; without `layer`: `[layer 0, ...]`; with both: one array.
       spec: what a page is. In a sharded pool: what one device holds of it.
       layout: how the arrays lie.
-      num_pages: pages in the pool.
+      num_pages: pages in the pool, 1 to 2147483647: an int or anything with `__index__`, not a bool.
     """
 
     def __init__(self, arrays: Any, spec: PageSpec, layout: Layout, num_pages: int) -> None:
         self.arrays = arrays
         self.spec = spec
         self.layout = layout
-        self.num_pages = num_pages
+        self.num_pages = checked_int("num_pages", num_pages, 1, MAX_INT32)
 
     @classmethod
     def wrap(
@@ -51,14 +52,16 @@ class DevicePool:
         Args:
           arrays: see `DevicePool.arrays`; concrete or traced. A sharded array counts with the shape of its shard.
           layout: a key of `DEVICE_LAYOUTS`, or a `Layout`.
-          page_size: needed where the shapes do not show it: when the layout merges tokens.
+          page_size: tokens of a page, an int or anything with `__index__`, not a bool. Needed where the shapes do not
+            show it: when the layout merges tokens.
           names: the names along the `kv` axis, ascending; needed where it lies inside the arrays.
 
         Raises:
-          TypeError: `arrays` has not the structure that the layout asks for.
+          TypeError: `arrays` has not the structure that the layout asks for; `page_size` is not an int.
           ValueError: the shapes do not fit the layout, or disagree about the number or size of pages.
         """
         layout = named_layout(layout, DEVICE_LAYOUTS)
+        page_size = None if page_size is None else checked_int("page_size", page_size, 1)
         keyed = _keyed(arrays, layout)
         slabs: list[Slab] = []
         pages: set[tuple[int, int]] = set()

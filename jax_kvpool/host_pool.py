@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_kvpool._check import MAX_INT32, checked_int
 from jax_kvpool.layout import HOST_LAYOUTS, Layout, PageSpec, Placement, named_layout
 from jax_kvpool.memory import PIECE_BYTES, DlpackExport, HostMemory, PoolBytes
 
@@ -42,7 +43,7 @@ class HostPool:
         self.array = array
         self.spec = spec
         self.layout = layout
-        self.num_pages = num_pages
+        self.num_pages = checked_int("num_pages", num_pages, 1, MAX_INT32)
         self.memories = memories
         for memory in memories:
             memory.is_of_pool = True
@@ -61,7 +62,7 @@ class HostPool:
 
         Args:
           spec: what a page is; for a mesh, what one device holds of it.
-          num_pages: pages.
+          num_pages: pages, 1 to 2147483647: an int or anything with `__index__`, not a bool.
           layout: a key of `HOST_LAYOUTS`, or a `Layout` of all five axes.
           device: the device that loads and stores, by default the first; or a mesh: one `HostMemory` a device, and
             `array` sharded on the bytes of a page over all the mesh's axes, for use inside `shard_map`.
@@ -72,6 +73,7 @@ class HostPool:
         """
         layout = named_layout(layout, HOST_LAYOUTS)
         placement = layout.place(spec, num_pages)
+        num_pages = placement.num_pages  # a Python int
         if len(placement.array_bytes) != 1 or layout.merges_tokens:
             raise ValueError(f"layout: a host pool is one run of bytes, so all five axes are needed, got {layout}")
         mesh = mesh_of(device)
@@ -101,17 +103,18 @@ class HostPool:
     def record(self, page: int, index: int = 0, *, shard: int = 0, writable: bool = False) -> npt.NDArray[np.uint8]:
         """The bytes of a page record, padding included: one key of a page store. A view, not a copy.
 
-        `index`: which record, where the layout has one for each name. The caller sees to it that no running step
-        stores into or (if writable) loads from the page meanwhile. So a page store gets into such a view, but does not
-        put it: see `landed`.
+        `page`: its id, as `PageAllocator` hands it out; as `index` and `shard` an int or anything with `__index__`, not
+        a bool. `index`: which record, where the layout has one for each name. The caller sees to it that no running
+        step stores into or (if writable) loads from the page meanwhile. So a page store gets into such a view, but does
+        not put it: see `landed`.
 
         Raises: `ValueError` for a layout without records or a closed pool, `IndexError` for a page, index or shard that
-        is not there.
+        is not there, `TypeError` for one that is not an int.
         """
         records = self.placement.records
         if not records:
             raise ValueError(f"layout {' '.join(self.layout.order)} has no records: its pages are not contiguous")
-        self._check_page(page)
+        page, index = self._checked_page(page), checked_int("index", index)
         if not 0 <= index < len(records):
             raise IndexError(f"index: expected 0 to {len(records) - 1}, got {index}")
         begin = records[index].offset + page * records[index].num_bytes
@@ -146,7 +149,7 @@ class HostPool:
           IndexError: as in `record`.
           jax.errors.JaxRuntimeError: the step failed.
         """
-        if np.ndim(pages) != 1:
+        if not isinstance(pages, Sequence | np.ndarray) or isinstance(pages, str) or getattr(pages, "ndim", 1) != 1:
             raise TypeError(f"pages: expected a sequence of page ids, got {pages!r:.80}")
         records = [self.unchecked_record(page, index, shard=shard) for page in pages]
         for output in self._outputs(after):
@@ -163,7 +166,7 @@ class HostPool:
 
     def slab(self, page: int, name: str, layer: int, *, shard: int = 0, writable: bool = False) -> npt.NDArray[Any]:
         """One slab of a page, `(page_size, *shape)` of its dtype. A view, as `record`; `KeyError` if there is none."""
-        self._check_page(page)
+        page, layer = self._checked_page(page), checked_int("layer", layer)
         place = self.placement.by_key.get((name, layer))
         if place is None:
             raise KeyError(f"no slab {name!r} in layer {layer}")
@@ -223,11 +226,14 @@ class HostPool:
             )
         return outputs
 
-    def _check_page(self, page: int) -> None:
+    def _checked_page(self, page: int) -> int:
+        page = checked_int("page", page)
         if not 0 <= page < self.num_pages:
             raise IndexError(f"page: expected 0 to {self.num_pages - 1}, got {page}")
+        return page
 
     def _memory(self, shard: int) -> HostMemory:
+        shard = checked_int("shard", shard)
         if not self.memories:
             raise ValueError("this HostPool came out of a jit or a tree operation: look at the one that was created")
         if not 0 <= shard < len(self.memories):

@@ -23,6 +23,8 @@ from typing import Any, Final
 import ml_dtypes  # noqa: F401  (teaches NumPy the names bfloat16, float8_e4m3fn, ...)
 import numpy as np
 
+from jax_kvpool._check import MAX_INT32, checked_int
+
 __all__ = [
     "DEVICE_LAYOUTS",
     "HOST_LAYOUTS",
@@ -60,6 +62,12 @@ class Slab:
         the `head` axis.
       dtype: NumPy's name of the dtype, `"bfloat16"`, `"float8_e4m3fn"`, `"uint8"`, ... A dtype under one byte has
         no address of its own: keep int4 as `"uint8"`, two to a byte.
+
+    Integers, here and everywhere: an int or anything with `__index__`, not a bool; kept as Python's int.
+
+    Raises:
+      TypeError: `layer` or `shape` are not integers.
+      ValueError: they are not positive; a dtype under one byte.
     """
 
     name: str
@@ -72,7 +80,8 @@ class Slab:
         if "int2" in dtype.name or "int4" in dtype.name or "float4" in dtype.name:
             raise ValueError(f"dtype: {dtype.name} of slab {self.name!r} is under one byte; pass its bytes as uint8")
         object.__setattr__(self, "dtype", dtype.name)
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "layer", checked_int("layer", self.layer))
+        object.__setattr__(self, "shape", tuple(checked_int("shape", n) for n in self.shape))
         if self.layer < 0 or any(n <= 0 for n in self.shape):
             raise ValueError(f"slab {self.name!r}: layer {self.layer} and shape {self.shape} must be positive")
 
@@ -91,7 +100,7 @@ class Slab:
 
     def bytes_of(self, num_tokens: int) -> int:
         """Bytes of so many tokens."""
-        return num_tokens * self.num_heads * self.dim_bytes
+        return checked_int("num_tokens", num_tokens, 0) * self.num_heads * self.dim_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +109,10 @@ class PageSpec:
 
     The slabs are kept in order of layer, then name: the order in which they are given does not matter, as JAX sorts the
     keys of dictionaries. Layers may differ in their slabs, and slabs in shape and dtype.
+
+    Raises:
+      TypeError: `page_size` is not an int or something else with `__index__`, or it is a bool.
+      ValueError: no tokens or no slabs; a name twice in a layer.
     """
 
     slabs: tuple[Slab, ...]
@@ -107,6 +120,7 @@ class PageSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slabs", tuple(sorted(self.slabs, key=lambda s: (s.layer, s.name))))
+        object.__setattr__(self, "page_size", checked_int("page_size", self.page_size))
         if self.page_size <= 0 or not self.slabs:
             raise ValueError(f"a page needs tokens and slabs, got page_size={self.page_size}, slabs={self.slabs}")
         keys = [(s.name, s.layer) for s in self.slabs]
@@ -120,6 +134,7 @@ class PageSpec:
         >>> PageSpec.uniform(16, 32, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}).payload_bytes
         4194304
         """
+        num_layers = checked_int("num_layers", num_layers, 1)
         return PageSpec(
             tuple(
                 Slab(name, layer, tuple(shape), np.dtype(dtype).name)
@@ -263,9 +278,10 @@ class Layout:
         return len(self.order) == len(_AXES) and self.order[: self.order.index("page")] in ((), ("kv",))
 
     def place(self, spec: PageSpec, num_pages: int) -> Placement:
-        """Places every slab of `num_pages` pages. Raises `ValueError` if the spec does not fit the order, for
-        instance `head` outside of `layer` where layers differ in their number of heads."""
-        return _place(spec, self, num_pages)
+        """Places every slab of `num_pages` pages, 1 to 2147483647. Raises `ValueError` if the spec does not fit the
+        order, for instance `head` outside of `layer` where layers differ in their number of heads."""
+        # Before the cache, which would find a placement of another type's integers for equal ones.
+        return _place(spec, self, checked_int("num_pages", num_pages, 1, MAX_INT32))
 
     def _lay_out(self, axes: tuple[str, ...], slabs: Sequence[Slab], spec: PageSpec, num_pages: int) -> _Part:
         """Lays out `slabs` along `axes`, outermost first."""
@@ -312,8 +328,6 @@ def _side_by_side(parts: Iterable[_Part]) -> _Part:
 
 @functools.lru_cache(maxsize=256)
 def _place(spec: PageSpec, layout: Layout, num_pages: int) -> Placement:
-    if not 0 < num_pages < 2**31:
-        raise ValueError(f"num_pages: expected 1 to {2**31 - 1}, got {num_pages}")
     # The missing axes split the slabs into arrays.
     arrays: list[Sequence[Slab]] = [spec.slabs]
     for axis in ("kv", "layer"):

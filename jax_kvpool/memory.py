@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jax_kvpool import _cpu
+from jax_kvpool._check import MAX_INT32, checked_int
 from jax_kvpool._runtime import cuda_module
 
 __all__ = ["HostMemory", "PoolBytes", "available_bytes", "has_landed"]
@@ -45,7 +46,7 @@ class HostMemory:
     Ownership: this object and every array over the memory (NumPy views, JAX arrays through `dlpack`) are its owners.
     `close()` makes handlers refuse the memory at once; it is unmapped when the last array is gone.
 
-    Args:
+    Args (integers: an int or anything with `__index__`, not a bool):
       num_bytes: how many.
       cuda_device: pin it for this CUDA device (its ordinal); `None`: plain memory.
       piece_ends: where the pieces end that are registered at once, ascending, `num_bytes` last: the copy engine must
@@ -58,6 +59,7 @@ class HostMemory:
         installed and stderr is a terminal.
 
     Raises:
+      TypeError: something that should be an int is not.
       MemoryError: the machine or its cgroup has not that much free; nothing has been touched.
       OSError: the kernel refused.
       RuntimeError: CUDA refused to register the memory, or this build has no CUDA module.
@@ -74,12 +76,21 @@ class HostMemory:
         num_threads: int | None = None,
         progress: Callable[[int, int], Any] | None = None,
     ) -> None:
+        num_bytes = checked_int("num_bytes", num_bytes)
         if num_bytes <= 0:
             raise ValueError(f"num_bytes: expected a positive number, got {num_bytes}")
         if piece_ends is None:
             piece_ends = [*range(PIECE_BYTES, num_bytes, PIECE_BYTES), num_bytes]
-        if num_threads is not None and num_threads <= 0:
-            raise ValueError(f"num_threads: expected a positive number, got {num_threads}")
+        else:
+            piece_ends = [checked_int("piece_ends", end) for end in piece_ends]
+        if num_threads is not None:
+            num_threads = checked_int("num_threads", num_threads)
+            if not 0 < num_threads <= MAX_INT32:
+                raise ValueError(f"num_threads: expected a positive number, got {num_threads}")
+        if cuda_device is not None:
+            cuda_device = checked_int("cuda_device", cuda_device, 0, MAX_INT32)
+        if numa_node is not None and not (isinstance(numa_node, str) and numa_node == "auto"):
+            numa_node = checked_int("numa_node", numa_node, -1, MAX_INT32)
         if huge_pages not in _HUGE_PAGES:
             raise ValueError(f"huge_pages: expected one of {sorted(_HUGE_PAGES)}, got {huge_pages!r}")
         cuda = None
@@ -123,9 +134,10 @@ class HostMemory:
         """Bytes `[begin, end)` as a NumPy array over the same memory, which it keeps mapped; of a host pool's memory,
         as `PoolBytes`.
 
-        Raises `ValueError` if closed, `IndexError` if the range is not inside.
+        Raises `ValueError` if closed, `IndexError` if the range is not inside, `TypeError` for other than integers.
         """
-        end = self.num_bytes if end is None else end
+        begin = checked_int("begin", begin)
+        end = self.num_bytes if end is None else checked_int("end", end)
         if not 0 <= begin <= end <= self.num_bytes:
             raise IndexError(f"bytes [{begin}, {end}): expected a range inside [0, {self.num_bytes})")
         memory = self._memory.view()
@@ -138,6 +150,8 @@ class HostMemory:
         `(device type, ordinal)`: `(1, n)` for CPU device n, `(3, n)` for memory pinned for CUDA device n.
 
         Raises `ValueError` if the rows do not divide the memory, or if it is not pinned for that device."""
+        num_rows = checked_int("num_rows", num_rows)
+        device = (checked_int("device", device[0]), checked_int("device", device[1], 0, MAX_INT32))
         if num_rows <= 0 or self.num_bytes % num_rows:
             raise ValueError(f"num_rows: expected a divisor of {self.num_bytes} bytes, got {num_rows}")
         if device[0] not in (1, 3) or (device[0] == 3 and device[1] != self.cuda_device):
@@ -145,7 +159,8 @@ class HostMemory:
         return DlpackExport(functools.partial(self._memory.dlpack, num_rows), device)
 
     def id_buffers(self, buffer_bytes: int) -> _cpu.IdBuffers:
-        """The memory as buffers of `buffer_bytes`, each to be taken by one array of page ids."""
+        """The memory as buffers of `buffer_bytes`, at least 4, each to be taken by one array of page ids."""
+        buffer_bytes = checked_int("buffer_bytes", buffer_bytes, 4, self.num_bytes)
         return _cpu.IdBuffers(self._memory, buffer_bytes)
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import enum
 import functools
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from jax_kvpool._check import MAX_INT32, checked_int, int_array, is_within
 from jax_kvpool._runtime import (
     LOAD_BY_ENGINE_TARGET,
     LOAD_TARGET,
@@ -53,12 +53,13 @@ def load(
     Args:
       device: the target; donated, and changed in place.
       host: the source; read in place, never copied.
-      device_pages, host_pages: int32 arrays (or lists) of one length. A pair with an id outside of its pool is
-        skipped (pad with -1); `page_status` says which. A page twice among the targets: each byte is from either. Empty
-        is fine. With host_pages from `host_ids`, the copy engine moves what is enough for it, in all and at once, by
-        way of staging that XLA plans (on an H100 16 MB, or room for two pages).
-      layer: only this layer; an int, or a traced int32 (in a scan; with ids in device memory) if all layers are alike.
-        Default: all.
+      device_pages, host_pages: int32 arrays, or lists of ints (also NumPy's, no bools), of one length. A pair with
+        an id outside of its pool is skipped (pad with -1); `page_status` says which. A page twice among the targets:
+        each byte is from either. Empty is fine. With host_pages from `host_ids`, the copy engine moves what is enough
+        for it, in all and at once, by way of staging that XLA plans (on an H100 16 MB, or room for two pages). (An
+        argument of a jitted function that is an int64 array JAX itself casts to int32, unchecked: make it int32.)
+      layer: only this layer; an int or anything with `__index__`, not a bool; or a traced int32 (in a scan; with ids in
+        device memory) if all layers are alike. Default: all.
       max_blocks: thread blocks of the kernel, at most; more disturb the model, fewer slow down the copy. Default: that
         of this GPU's `Tuning`, and 32 between staging and layers.
 
@@ -68,7 +69,8 @@ def load(
     Raises, when tracing:
       ValueError: the specs disagree; a shape does not fit; there is no such layer; `host` was closed over by the
         jitted function instead of passed.
-      TypeError: ids that are not int32.
+      TypeError: ids that are not int32; a layer or max_blocks that is not an int.
+      OverflowError: a list of ids with one that int32 cannot hold.
       JaxRuntimeError, from the running step: `host` is not the memory of an open `HostMemory`.
     """
     return _copy(LOAD_TARGET, device, host, device_pages, host_pages, layer, max_blocks)
@@ -141,8 +143,8 @@ def _call(
     if num_scratch_bytes is not None:
         operands.append(scratch(num_scratch_bytes, device_pages, host_pages))
     first, end = len(operands), len(operands) + len(arrays)
-    # A load changes all arrays. A store changes none, but passes the last one through, so that the next load or store of
-    # this pool comes after it. One is enough, and each more would count as so much more memory (overlap.py).
+    # A load changes all arrays. A store changes none, but passes the last one through, so that the next load or store
+    # of this pool comes after it. One is enough, and each more would count as so much more memory (overlap.py).
     through = range(first, end) if target in (LOAD_TARGET, LOAD_BY_ENGINE_TARGET) else [end - 1]
     operands += fenced(arrays)
     in_place = [*range(4, first), *through]
@@ -200,9 +202,10 @@ def checked_blocks(max_blocks: int | None) -> int:
     """As given, or those of this GPU."""
     if max_blocks is None:
         return current().max_blocks
-    if max_blocks <= 0:
-        raise ValueError(f"max_blocks: expected a positive int, got {max_blocks}")
-    return max_blocks
+    number = checked_int("max_blocks", max_blocks)
+    if not 0 < number <= MAX_INT32:
+        raise ValueError(f"max_blocks: expected a positive int below {2**31}, got {number}")
+    return number
 
 
 def check_pools(device: DevicePool, host: HostPool) -> None:
@@ -243,8 +246,10 @@ def _page_ids(name: str, pages: npt.ArrayLike) -> Any:
     """The ids as an int32 array of JAX or NumPy."""
     array: Any = pages
     if not isinstance(pages, jax.Array | np.ndarray):  # a list of ints
-        found = np.asarray(pages) if np.size(pages) else np.zeros(0, np.int32)
-        array = np.array(pages, np.int32) if found.dtype.kind == "i" else found
+        found = int_array(name, pages, "int32 page ids")
+        if not is_within(found, -MAX_INT32 - 1, MAX_INT32):
+            raise OverflowError(f"{name}: expected int32 page ids, {found.min()} to {found.max()} is out of bounds")
+        array = found.astype(np.int32)
     if array.dtype != np.int32:
         raise TypeError(f"{name}: expected int32 page ids, got {array.dtype}")
     if array.ndim != 1:
@@ -261,9 +266,10 @@ def _layer(layer: int | jax.Array | None, device: DevicePool) -> tuple[Stages, A
         if layer.shape != () or layer.dtype != jnp.int32:
             raise TypeError(f"layer: expected an int or a scalar int32, got {layer.dtype}{list(layer.shape)}")
         return TRACED_LAYER, layer
-    if operator.index(layer) not in device.spec.layers:
-        raise ValueError(f"layer: expected one of {device.spec.layers}, got {layer}")
-    return ((operator.index(layer),),), np.int32(0)
+    number = checked_int("layer", layer)
+    if number not in device.spec.layers:
+        raise ValueError(f"layer: expected one of {device.spec.layers}, got {number}")
+    return ((number,),), np.int32(0)
 
 
 def _difference(device: DevicePool, host: HostPool) -> str:
@@ -283,12 +289,15 @@ class PageStatus(enum.IntEnum):
     HOST_PAGE_OUT_OF_RANGE = 3
 
 
-def page_status(device: DevicePool, host: HostPool, device_pages: jax.Array, host_pages: jax.Array) -> jax.Array:
+def page_status(
+    device: DevicePool, host: HostPool, device_pages: npt.ArrayLike, host_pages: npt.ArrayLike
+) -> jax.Array:
     """Says which pairs `load` and `store` copy, and why they skip the others: int32, a `PageStatus` for each pair.
 
-    Plain jnp on the ids: usable inside and outside of jit, on any device.
+    Takes the ids that they take, and refuses what they refuse. Plain jnp on the ids: usable inside and outside of jit,
+    on any device.
     """
-    device_pages, host_pages = jnp.asarray(device_pages), jnp.asarray(host_pages)
+    device_pages, host_pages = map(jnp.asarray, page_pairs("device_pages", device_pages, "host_pages", host_pages))
     status = jnp.where(
         (host_pages < 0) | (host_pages >= host.num_pages), PageStatus.HOST_PAGE_OUT_OF_RANGE, PageStatus.COPIED
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -76,8 +75,8 @@ def run_layers(
       device, host: the pools.
       load, store: `(device_pages, host_pages)` of the pages to load and to store; ids as in `jax_kvpool.load`. The load
         comes after the store: a page may be stored and then be the target of a load. By default none.
-      max_blocks: thread blocks of each of the two kernels that run beside the model, at most. Default: those of this
-        GPU's `Tuning`.
+      max_blocks: thread blocks of each of the two kernels that run beside the model, at most; an int, as in
+        `jax_kvpool.load`. Default: those of this GPU's `Tuning`.
 
     Returns:
       `(x, device)`.
@@ -227,8 +226,8 @@ def _start(
     """Starts the copies; returns `(flight, arrays, leaves)`. The arrays must not be used before `_wait`.
 
     `flight`: the scratch of the copies. What they need from here on is in it, and each wait finds them by its address.
-    `leaves`: of x. They go through, so that XLA cannot compute with them first: 0.12 puts the start behind the first GEMM
-    otherwise.
+    `leaves`: of x. They go through, so that XLA cannot compute with them first: 0.12 puts the start behind the first
+    GEMM otherwise.
 
     The call is made twice, and does nothing the second time. XLA's rematerialization counts what goes through a call as
     another array of that size, and with a large pool computes parts of the model again to make room. What goes through

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_kvpool import _cpu
+from jax_kvpool._check import MAX_INT32, int_array, is_within
 from jax_kvpool.host_pool import borrow, cuda_ordinal, mesh_of
 from jax_kvpool.memory import DlpackExport, HostMemory
 
@@ -30,21 +31,17 @@ def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -
     and use it as it is.
 
     Args:
-      pages: ids, as in `load`; a list or a NumPy array.
+      pages: ids, as in `load`; a list or a 1-D array, of any integer dtype.
       device: of the pools, as in `HostPool.create`: a device, by default the first, or a mesh.
 
     Returns:
       An array of shape `(num_pages,)`; memory kind `pinned_host` on a GPU, ordinary memory on a CPU.
 
     Raises:
-      TypeError, ValueError: not integers that int32 can hold, or not a list.
+      TypeError, ValueError: not integers that int32 can hold, bools among them, or not a list.
     """
-    ids = np.asarray(pages)
-    if ids.size == 0:
-        ids = ids.astype(np.int32)
-    if ids.dtype.kind not in "iu" or ids.ndim != 1:
-        raise TypeError(f"pages: expected a list or a 1-D array of integers, got {ids.dtype}{list(ids.shape)}")
-    if ids.size and not -(2**31) <= int(ids.min()) <= int(ids.max()) < 2**31:
+    ids = int_array("pages", pages, "a list or a 1-D array of integers")
+    if not is_within(ids, -MAX_INT32 - 1, MAX_INT32):
         raise ValueError(f"pages: expected int32, got {ids.min()} to {ids.max()}")
     ids = np.ascontiguousarray(ids, np.int32)
     mesh = mesh_of(device)

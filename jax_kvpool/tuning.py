@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 
 import jax
 
+from jax_kvpool._check import MAX_INT32, checked_int
 from jax_kvpool._runtime import cuda_module
 
 __all__ = ["Tuning"]
@@ -40,6 +41,8 @@ class Tuning:
         direction, beside a model.
       min_slab_bytes_beside: what it moves straight between the pools there, at least, if it knows all ids.
       min_stage_bytes: what a stage of a copy beside a model moves, at least.
+
+    Raises `ValueError` for what is not a positive int: an int or anything with `__index__`, not a bool.
     """
 
     max_blocks: int
@@ -54,8 +57,13 @@ class Tuning:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if type(value) is not int or value <= 0:
+            try:
+                number = checked_int(name, value)
+            except TypeError:
+                number = 0
+            if number <= 0 or ("blocks" in name and number > MAX_INT32):
                 raise ValueError(f"{name}: expected a positive int, got {value!r}")
+            object.__setattr__(self, name, number)
 
     @classmethod
     def of_link(cls, bytes_per_second: float) -> Self:

@@ -17,6 +17,7 @@ from jax_kvpool import (
     Layout,
     PageSpec,
     Slab,
+    _runtime,
     host_ids,
     load,
     ops,
@@ -266,20 +267,23 @@ def test_inside_shard_map(num_shards, layout):
     assert not np.asarray(x).any()
 
 
-def test_a_wait_for_another_array_is_refused(gpu, monkeypatch):
-    """As if XLA had copied an array while pages travelled to it."""
+@pytest.mark.parametrize("copied", ["arrays", "scratch"])
+def test_a_wait_for_another_array_is_refused(gpu, monkeypatch, copied):
+    """As if XLA had copied an array while pages travelled to it, or what the waits know the start by."""
     pool, _, host = random_pools(SPECS["gqa"], "per_layer", gpu, np.random.default_rng(0))
     ids = np.array([2], np.int32), np.array([7], np.int32)
     real = overlap._start
 
     def copying(*args):
-        scratch, token, arrays, x = real(*args)
-        return scratch, token, [a + 1 for a in arrays], x
+        flight, arrays, leaves = real(*args)
+        return (flight, [a + 1 for a in arrays], leaves) if copied == "arrays" else (flight + 1, arrays, leaves)
 
     monkeypatch.setattr(overlap, "_start", copying)
     step = jax.jit(lambda x, d, h: run_layers(layer_over(d), x, d, h, load=ids))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"another array than it is loaded into|updated in place"):
+    match = "another array than it is loaded into" if copied == "arrays" else "a wait without a start"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=match):
         jax.block_until_ready(step(jnp.int32(0), pool, host))
+    assert _runtime.cuda_module().num_flights() == 0
 
 
 # ---- What tracing refuses ----

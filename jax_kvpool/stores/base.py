@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from jax_kvpool._check import MAX_INT32, checked_int
 from jax_kvpool.layout import Layout, PageSpec, fingerprint
 from jax_kvpool.memory import HostMemory, has_landed
 from jax_kvpool.stores import trailer
@@ -42,7 +43,10 @@ class Namespace:
       shard, num_shards: which part of the heads, of how many: the tensor-parallel rank.
       record: which record of a page, where the layout has one for each name; see `HostPool.record`.
 
+    Numbers are an int or anything with `__index__`, not a bool.
+
     Raises:
+      TypeError: a number is not an int.
       ValueError: the layout has no records, or a number is out of range.
     """
 
@@ -54,6 +58,8 @@ class Namespace:
     record: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("shard", "num_shards", "record"):
+            object.__setattr__(self, name, checked_int(name, getattr(self, name)))
         if not self.layout.has_records:
             raise ValueError(f"layout: {' '.join(self.layout.order)} has no records: its pages are not contiguous")
         if not 0 <= self.shard < self.num_shards:
@@ -156,7 +162,7 @@ class PageStore(abc.ABC):
 
     Args:
       namespace: what its pages are.
-      num_threads: threads of `submit`.
+      num_threads: threads of `submit`; as all integers of stores an int or anything with `__index__`, not a bool.
 
     Attributes:
       num_corrupt: records that `get` found there and wrong.
@@ -167,6 +173,7 @@ class PageStore(abc.ABC):
     """Whether `_put` and `_get` call `_seal` and `_found` themselves: while others travel and it is in the cache."""
 
     def __init__(self, namespace: Namespace, *, num_threads: int = 4) -> None:
+        num_threads = checked_int("num_threads", num_threads, 1, MAX_INT32)
         self.namespace: Final = namespace
         self.record_bytes: Final = namespace.record_bytes
         self.num_corrupt = 0

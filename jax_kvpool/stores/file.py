@@ -31,6 +31,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
+from jax_kvpool._check import MAX_INT32, checked_int
 from jax_kvpool._files import Done, FileQueue, OpenFile, is_cached
 from jax_kvpool.stores.base import Buffer, Namespace, Outcome, PageStore, Result
 from jax_kvpool.stores.directory import NOT_REGULAR, Directory
@@ -67,6 +68,7 @@ class FileStore(PageStore):
       num_threads: threads of `submit`.
 
     Raises:
+      TypeError: `max_bytes`, `depth` or `num_threads` is not an int.
       ValueError: `max_bytes` is less than a record, or `depth` less than 1.
       OSError: the directory cannot be made or is not one.
     """
@@ -85,8 +87,10 @@ class FileStore(PageStore):
         num_threads: int = 4,
     ) -> None:
         super().__init__(namespace, num_threads=num_threads)
-        if depth < 1:
-            raise ValueError(f"depth: expected at least 1, got {depth}")
+        depth = checked_int("depth", depth)
+        if not 1 <= depth <= MAX_INT32:
+            raise ValueError(f"depth: expected at least 1 and below {2**31}, got {depth}")
+        max_bytes = None if max_bytes is None else checked_int("max_bytes", max_bytes)
         if max_bytes is not None and max_bytes < self.record_bytes:
             raise ValueError(f"max_bytes: expected at least a record, {self.record_bytes}, got {max_bytes}")
         self.directory: Final = os.path.join(os.path.abspath(directory), str(namespace))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
+from jax_kvpool._check import checked_seconds
 from jax_kvpool.memory import HostMemory
 from jax_kvpool.stores.base import Buffer, Namespace, Outcome, PageStore, Result
 from jax_kvpool.stores.mooncake_config import MooncakeConfig
@@ -98,6 +99,8 @@ class MooncakeStore(PageStore):
       retry_s: see above; at most 10 s in the end.
 
     Raises:
+      TypeError, ValueError: `timeout` or `retry_s` is not a positive number of seconds, or `num_threads` not a
+        positive int.
       ImportError: the library is not there, or not the system's libraries that it needs.
     """
 
@@ -112,10 +115,9 @@ class MooncakeStore(PageStore):
         retry_s: float = 1.0,
         num_threads: int = 4,
     ) -> None:
-        if timeout <= 0 or retry_s <= 0:
-            raise ValueError(f"timeout, retry_s: expected positive numbers, got {timeout}, {retry_s}")
-        _library()
+        timeout, retry_s = checked_seconds("timeout", timeout), checked_seconds("retry_s", retry_s)
         super().__init__(namespace, num_threads=num_threads)
+        _library()
         self.config: Final = config
         self.timeout: Final = timeout
         self.retry_s: Final = retry_s

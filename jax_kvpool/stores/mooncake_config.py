@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Self
 
+from jax_kvpool._check import checked_int
+
 __all__ = ["MooncakeConfig"]
 
 # The field of `MooncakeConfig`, which is its name in Mooncake's JSON file too: its environment variable.
@@ -42,7 +44,8 @@ class MooncakeConfig:
       tenant_id: of the store's quota.
 
     Raises:
-      ValueError: something of it cannot be.
+      TypeError: a size is neither an int, or something else with `__index__`, nor a text; bools and floats are neither.
+      ValueError: something else of it cannot be.
     """
 
     master_server_address: str
@@ -84,12 +87,18 @@ class MooncakeConfig:
 
 
 def _num_bytes(name: str, size: int | str) -> int:
-    try:
-        text = str(size).strip().lower().removesuffix("b")
-        unit = _UNITS.get(text[-1:], 1)
-        num_bytes = int(float(text.rstrip("kmgt")) * unit) if isinstance(size, str) else int(size)
-    except ValueError:
-        num_bytes = -1
-    if num_bytes < 0:
+    num_bytes = _parsed(size) if isinstance(size, str) else checked_int(name, size)
+    if not 0 <= num_bytes < 2**63:
         raise ValueError(f"{name}: expected a number of bytes, or a text such as '4gb', got {size!r}")
     return num_bytes
+
+
+def _parsed(text: str) -> int:
+    """The bytes that a text says; -1 if it says none."""
+    text = text.strip().lower().removesuffix("b")
+    try:
+        if text.isdecimal():  # not by way of a float, which has 53 bits
+            return int(text)
+        return int(float(text.rstrip("kmgt")) * _UNITS.get(text[-1:], 1))
+    except (ValueError, OverflowError):  # of nan, inf
+        return -1
