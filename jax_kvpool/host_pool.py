@@ -13,6 +13,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpool._check import MAX_INT32, checked_int
+from jax_kvpool._runtime import cuda_module
 from jax_kvpool.layout import HOST_LAYOUTS, Layout, PageSpec, Placement, named_layout
 from jax_kvpool.memory import PIECE_BYTES, DlpackExport, HostMemory, PoolBytes
 
@@ -188,10 +189,14 @@ class HostPool:
 
     def close(self) -> None:
         """Deletes `array` and closes the memories: they are unmapped when no view looks at them and the steps that were
-        dispatched before have finished. A later step raises before it starts. Idempotent.
+        dispatched before have finished. A later step raises before it starts. Waits for copies that a failed step has
+        left behind. Idempotent.
         """
         if self.memories and not self.array.is_deleted():
             self.array.delete()
+            if (cuda := cuda_module()) is not None:
+                for memory in self.memories:
+                    cuda.abandon_flights(memory.address, memory.num_bytes)
         for memory in self.memories:
             memory.close()
 

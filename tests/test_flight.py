@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, host_ids, overlap, run_layers
+from jax_kvpool import DevicePool, HostPool, PageSpec, _runtime, host_ids, load, overlap, run_layers, store
 
 LARGE = PageSpec.uniform(64, 8, {"k": ((8, 64), "int32"), "v": ((8, 64), "int32")})  # 256 KB a page and layer
 PAGES = 24
@@ -152,3 +152,54 @@ def test_a_wait_too_few_is_seen(gpu, monkeypatch, layout, pairs, mover_of_layers
 
     monkeypatch.setattr(overlap, "_start", mutant)
     assert wrong_slabs(gpu, 3, layout, on_host=mover_of_layers != "kernel", pairs=[pairs], matmuls=(4, 0)) > 0
+
+
+class Failed(Exception):
+    pass
+
+
+def failing_step(gpu, layout):
+    """A pool over half a GB of host memory, and a step that loads all of it and fails in a layer, while pages travel."""
+    pages = np.arange(256, dtype=np.int32)
+    device, host = DevicePool.create(LARGE, 256, layout, device=gpu), HostPool.create(LARGE, 256, device=gpu)
+
+    def fail(x):
+        raise Failed
+
+    def apply_layer(layer, x, kv):
+        return jax.pure_callback(fail, x, x), kv
+
+    step = jax.jit(lambda x, d, h: run_layers(apply_layer, x, d, h, load=(pages, pages)), donate_argnums=1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Failed"):
+        jax.block_until_ready(step(jnp.int32(0), device, host))
+    return host, pages
+
+
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+@pytest.mark.parametrize("op", ["run_layers", "load", "store", "close"])
+def test_a_failed_step_leaves_nothing_behind(gpu, layout, op):
+    """Its copies are over before what they touch is used again: by the next step over the same memory, or for the host
+    pool by its end."""
+    num_flights = _runtime.cuda_module().num_flights
+    host, pages = failing_step(gpu, layout)
+    assert num_flights() == 1
+    if op == "close":
+        host.close()
+        assert num_flights() == 0
+        return
+    device = DevicePool.create(LARGE, 256, layout, device=gpu)
+    where = {a.unsafe_buffer_pointer() for a in device.flat_arrays()}
+    device = device.with_arrays(jax.tree.map(lambda a: a + 7, device.arrays))  # what late copies would overwrite
+    step = {
+        "run_layers": lambda d, h: run_layers(lambda _, x, a: (x, a), jnp.int32(0), d, h, load=(pages[:1], pages[:1]))[
+            1
+        ],
+        "load": lambda d, h: load(d, h, pages[:1], pages[:1]),
+        "store": lambda d, h: store(d, h, pages[:1], pages[:1]),
+    }[op]
+    device = jax.block_until_ready(jax.jit(step, donate_argnums=0)(device, host))
+    untouched = slice(1, None) if op != "store" else slice(None)
+    for array in device.flat_arrays():
+        assert (np.asarray(array[:, untouched] if layout == "stacked" else array[untouched]) == 7).all()
+    assert num_flights() == 0, where
+    host.close()
