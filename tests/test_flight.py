@@ -159,7 +159,7 @@ class Failed(Exception):
 
 
 def failing_step(gpu, layout):
-    """A pool over half a GB of host memory, and a step that loads all of it and fails in a layer, while pages travel."""
+    """A pool of half a GB, and a step that loads all of it and fails in a layer, while pages travel."""
     pages = np.arange(256, dtype=np.int32)
     device, host = DevicePool.create(LARGE, 256, layout, device=gpu), HostPool.create(LARGE, 256, device=gpu)
 
