@@ -160,8 +160,8 @@ auto BindCuda() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>
 
 void SetLiveMemory(const LiveMemory* live) { live_memory = live; }
 
-void AbandonFlights(const void* host, int64_t bytes) {
-  const Bytes memory = {static_cast<char*>(const_cast<void*>(host)), bytes};
+void AbandonFlights(const void* data, int64_t bytes) {
+  const Bytes memory = {static_cast<char*>(const_cast<void*>(data)), bytes};
   flights.AbandonOver({{memory}});
 }
 

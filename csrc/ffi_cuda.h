@@ -20,8 +20,9 @@ namespace kvpool {
 // The table that the CPU module keeps; to be set before the first call.
 void SetLiveMemory(const LiveMemory* live);
 
-// Waits, on the host, for copies from or to this host memory that a failed step has left behind, and forgets them.
-void AbandonFlights(const void* host, int64_t bytes);
+// Waits, on the host, for copies that a failed step has left behind and that touch some of these bytes, of the host or
+// the device, and forgets them.
+void AbandonFlights(const void* data, int64_t bytes);
 
 // How many starts are not yet waited for to the end.
 int64_t NumFlights();

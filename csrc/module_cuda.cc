@@ -106,8 +106,8 @@ NB_MODULE(_cuda, m) {
   m.def("pci_address", &PciAddress, "device"_a);
   m.def(
       "abandon_flights",
-      [](intptr_t host, int64_t num_bytes) { AbandonFlights(reinterpret_cast<void*>(host), num_bytes); }, "host"_a,
-      "num_bytes"_a, nb::call_guard<nb::gil_scoped_release>());
+      [](intptr_t address, int64_t num_bytes) { AbandonFlights(reinterpret_cast<void*>(address), num_bytes); },
+      "address"_a, "num_bytes"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("num_flights", &NumFlights);
   m.def("num_handler_calls", &NumHandlerCalls);
 }
