@@ -106,8 +106,8 @@ def run_layers(
         scratch_bytes(plan, _half_bytes(pairs[0].size * device.spec.payload_bytes), pairs[1].size)
         for plan, pairs in ((load_plan, load_pairs), (store_plan, store_pairs))
     ]
-    # One wait for each stage, or in a scan for each layer.
-    wait_stages = [at for at, layers in enumerate(stages) for _ in (layers if is_stacked else [0])]
+    # One wait for each stage, or in a scan two for each layer.
+    wait_stages = [at for at, layers in enumerate(stages) for _ in (2 * layers if is_stacked else [0])]
     blocks = checked_blocks(max_blocks)
     stores_by_kernel = max_blocks is None and not store_plan.is_by_engine
     attributes = {
@@ -174,7 +174,7 @@ def _run_apart(
     keys = device.placement.array_keys
     for stage in stages:
         in_stage = [i for i, (layer, _) in enumerate(keys) if layer in stage]
-        flight, waited = _wait(in_stage, flight, x, [arrays[i] for i in in_stage])
+        flight, *waited = _wait(in_stage, x, flight, *(arrays[i] for i in in_stage))
         for index, array in zip(in_stage, waited, strict=True):
             arrays[index] = array
         for layer in stage:
@@ -194,7 +194,7 @@ def _run_stacked(
 
     def body(carry: Any, layer: jax.Array) -> Any:
         x, flight, arrays = carry
-        flight, arrays = _wait(everything, flight, x, arrays)
+        flight, *arrays = _counted_once(lambda carry: _wait(everything, x, *carry), [flight, *arrays])
         x, kv = _checked(apply_layer, layer, x, device.with_flat_arrays(arrays).arrays)
         return (x, flight, device.with_arrays(kv).flat_arrays()), None
 
@@ -228,25 +228,29 @@ def _start(
     `flight`: the scratch of the copies. What they need from here on is in it, and each wait finds them by its address.
     `leaves`: of x. They go through, so that XLA cannot compute with them first: 0.12 puts the start behind the first
     GEMM otherwise.
-
-    The call is made twice, and does nothing the second time. XLA's rematerialization counts what goes through a call as
-    another array of that size, and with a large pool computes parts of the model again to make room. What goes through
-    a loop it counts once.
     """
 
-    def start(_: int, carry: list[jax.Array]) -> list[jax.Array]:
+    def start(carry: list[jax.Array]) -> list[jax.Array]:
         operands = [host, *ids, *fenced(carry)]
         return fenced(call(START_TARGET, operands, range(5, len(operands)), **attributes))
 
     # Fenced, all have the same manual axes inside shard_map, as a loop needs.
-    flight, *started = jax.lax.fori_loop(0, 2, start, fenced([flight, *arrays, *leaves]))
+    flight, *started = _counted_once(start, fenced([flight, *arrays, *leaves]))
     return flight, started[: len(arrays)], started[len(arrays) :]
 
 
-def _wait(indices: list[int], flight: jax.Array, x: Any, arrays: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+def _wait(indices: list[int], x: Any, flight: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
     """Waits, after `x`, for the next stage, whose arrays are number `indices` of the start's; returns
-    `(flight, arrays)`."""
+    `[flight, *arrays]`."""
     in_place = [flight, *arrays]
-    waited = call(WAIT_TARGET, [*in_place, *jax.tree.leaves(x)], range(len(in_place)), arrays=tuple(indices))
-    flight, *waited = fenced(waited)
-    return flight, waited
+    return fenced(call(WAIT_TARGET, [*in_place, *jax.tree.leaves(x)], range(len(in_place)), arrays=tuple(indices)))
+
+
+def _counted_once(call: Callable[[list[jax.Array]], list[jax.Array]], carry: list[jax.Array]) -> list[jax.Array]:
+    """`call(carry)`, called again with its result: the second time a start or a wait does nothing.
+
+    XLA's rematerialization counts what goes through a call as another array of that size, and with a large pool
+    computes parts of the model again to make room. What goes through a loop it counts once. A loop of one round is none
+    to XLA.
+    """
+    return jax.lax.fori_loop(0, 2, lambda _, carry: call(carry), carry)
