@@ -5,6 +5,9 @@
 // The bytes to move form one list of units (one access each), ordered pair, slab, run, offset; a warp takes
 // kUnitsInFlight * 32 consecutive units at a time, whatever slab or pair they belong to, so that short slabs
 // (one token, one layer) keep as many bytes in flight as long ones.
+//
+// An access is aligned to its own length, so it lies in one of the pieces of host memory that are registered with CUDA
+// (pieces.h): a slab may lie across two of them.
 #include <algorithm>
 #include <cstdint>
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -79,7 +79,7 @@ class HostPool:
                 memory = HostMemory(
                     placement.array_bytes[0],
                     cuda_device=cuda_ordinal(local),
-                    piece_ends=_piece_ends(placement),
+                    piece_ends=_piece_ends(placement) if placement.records else None,
                     **memory_options,
                 )
                 memories.append(memory)
@@ -193,14 +193,13 @@ def borrow(
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, axes, memory_kind=memory_kind), arrays)
 
 
-def _piece_ends(placement: Placement) -> list[int] | None:
-    """Ends of records, about every 4 GiB: a copy of a record must not cross two registrations."""
-    ends = []
+def _piece_ends(placement: Placement) -> Iterator[int]:
+    """Ends of records, about every 4 GiB: a copy of a record that crosses two pieces would be two copies."""
     for record in placement.records:
         step = max(PIECE_BYTES // record.num_bytes, 1) * record.num_bytes
         end = record.offset + placement.num_pages * record.num_bytes
-        ends += [*range(record.offset + step, end, step), end]
-    return ends or None
+        yield from range(record.offset + step, end, step)
+        yield end
 
 
 def _row_major(shape: Sequence[int], itemsize: int) -> list[int]:
