@@ -24,7 +24,8 @@ METHODS = ("slabs", "records", "raw")  # which read the ids on the CPU
 def _register():
     library = _HERE.parent / "build" / "peers.so"
     library.parent.mkdir(exist_ok=True)
-    sources = [_HERE / "peers.cu", _HERE / "bulk.cu", _HERE.parent / "csrc" / "copy_cuda.cu"]
+    csrc = _HERE.parent / "csrc"
+    sources = [_HERE / "peers.cu", _HERE / "bulk.cu", csrc / "copy_cuda.cu", csrc / "copy_plan.cc"]
     subprocess.run(
         [
             *("nvcc", "-O3", "-std=c++20", "-arch=native", "-shared", "-Xcompiler=-fPIC"),

@@ -5,6 +5,9 @@
 // The bytes to move form one list of units (one access each), ordered pair, slab, run, offset; a warp takes
 // kUnitsInFlight * 32 consecutive units at a time, whatever slab or pair they belong to, so that short slabs
 // (one token, one layer) keep as many bytes in flight as long ones.
+//
+// An access is aligned to its own length, so it lies in one of the pieces of host memory that are registered with CUDA
+// (pieces.h): a slab may lie across two of them.
 #include <algorithm>
 #include <cstdint>
 
@@ -136,6 +139,7 @@ auto VisitKernel(int64_t access_bytes, Direction direction, Visit visit) {
 }  // namespace
 
 cudaError_t LaunchCopy(const PageCopy& copy, Direction direction, int64_t max_blocks, cudaStream_t stream) {
+  if (max_blocks <= 0) return cudaErrorInvalidValue;
   const int64_t access_bytes = AccessBytes(copy);
   const auto units_per_run = static_cast<uint32_t>(copy.run_bytes / access_bytes);
   const uint32_t units_per_slab = units_per_run * copy.num_outer * copy.num_inner;

@@ -9,14 +9,18 @@ namespace {
 // --ways host_ids), and at 0.43 one by one.
 class Copies {
  public:
-  explicit Copies(Direction direction) : direction_(direction) {}
+  Copies(Direction direction, const Pieces* pieces) : direction_(direction), pieces_(pieces) {}
 
   size_t size() const { return sizes_.size(); }
 
+  // One copy, or more where the host's bytes lie in several pieces.
   void Add(char* device, char* host, int64_t bytes) {
-    device_.push_back(device);
-    host_.push_back(host);
-    sizes_.push_back(bytes);
+    const auto add = [&](int64_t offset, int64_t part_bytes) {
+      device_.push_back(device + offset);
+      host_.push_back(host + offset);
+      sizes_.push_back(part_bytes);
+    };
+    pieces_ == nullptr ? add(0, bytes) : pieces_->ForEachPart(host, bytes, add);
   }
 
   // Enqueues them, and starts a new list.
@@ -44,6 +48,7 @@ class Copies {
 
  private:
   Direction direction_;
+  const Pieces* pieces_;  // of the host pool; null: it is one
   std::vector<void*> device_, host_;
   std::vector<size_t> sizes_;
 };
@@ -51,7 +56,7 @@ class Copies {
 // The copies between the host pool and one half: a few pages that follow each other in the list, and are all valid.
 cudaError_t MoveRecords(const Stage& stage, char* host, const int32_t* host_pages, int64_t num_pages,
                         Direction direction, char* half, cudaStream_t engine) {
-  Copies copies(direction);
+  Copies copies(direction, stage.pieces.get());
   for (const Span& span : stage.spans) {
     for (int64_t i = 0; i < num_pages; ++i) {
       copies.Add(half + i * stage.staged_page_bytes + span.staged_offset,
@@ -67,7 +72,7 @@ cudaError_t CopySlabs(const Stage& stage, const ReadableIds& ids, Direction dire
                       cudaStream_t engine, SideStreams& side) {
   constexpr size_t kEnoughCopies = 64;  // the first ones travel while the CPU, 1 us each, goes on with the next
   if (const cudaError_t error = side.Order(stream, engine)) return error;
-  Copies copies(direction);
+  Copies copies(direction, stage.pieces.get());
   for (size_t pair = 0; pair < ids.host_pages.size(); ++pair) {
     for (const PageCopy& copy : stage.copies) {
       if (!ids.Contains(copy, pair)) continue;

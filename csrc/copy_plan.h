@@ -1,22 +1,30 @@
 // From a call's operands and its plan to PageCopies. The plan is what jax_kvpool/plan.py made of the two layouts
 // when the call was traced, as the int64 list that an FFI attribute can be:
 //
-//   num_device_pages, num_host_pages, host_bytes, num_arrays, bytes of each array, num_stages, then for each stage
+//   version, num_device_pages, num_host_pages, host_bytes, num_arrays, bytes of each array, num_stages, then for each
+//   stage
 //     is_by_slab, staged_page_bytes, num_spans, then for each span
 //       offset in the host pool, page stride, bytes, offset in a staged page
 //     num_copies, then for each PageCopy
 //       num_outer, num_inner, run_bytes, device page, outer, inner stride, host page, outer, inner stride,
 //       first_slab, slabs_per_layer, num_slabs, then for each slab
 //         array, offset in it, offset in the host pool, offset in a staged page
+//
+// A plan may be older than this library, out of an exported or a cached program, or somebody's mistake. So it is read
+// as what it may be, any integers: whatever they are, no copy of what ReadPlan returns touches a byte outside of the
+// arrays, the host pool and (page by page) the staging.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "page_copy.h"
+#include "pieces.h"
 
 namespace kvpool {
 
@@ -34,6 +42,7 @@ struct CopyOperands {
   const int32_t* host_pages;    // [num_pairs]
   const int32_t* layer;         // [1], or null: 0
   int64_t num_pairs;
+  std::shared_ptr<const Pieces> pieces;  // of the host pool; null: it is one
 };
 
 // The contiguous bytes of a page in the host pool that hold its slabs of one stage: the part of a record.
@@ -47,73 +56,25 @@ struct Span {
 struct Stage {
   bool is_by_slab;  // the copy engine moves slab by slab, if it knows all ids: each is one run on both sides
   int64_t staged_page_bytes;
-  std::vector<Span> spans;  // what it moves through staging; none: it is not to
-  std::vector<PageCopy> copies;
+  std::vector<Span> spans;               // what it moves through staging; none: it is not to
+  std::vector<PageCopy> copies;          // one at least
+  std::shared_ptr<const Pieces> pieces;  // of the host pool; null: it is one
 };
 
-// How many arrays of the device pool a plan is for.
-inline size_t NumArrays(std::span<const int64_t> plan) { return static_cast<size_t>(plan[3]); }
+// The first integer of every plan; jax_kvpool/plan.py has the same number. More than any number of pages, with which
+// plans began when they had no version.
+constexpr int64_t kPlanVersion = (int64_t{0x6b76706f6f6c} << 16) + 1;  // "kvpool", then what changes with the format
+
+// How many arrays of the device pool a plan says it is for, which ReadPlan checks; 0 if it does not say.
+inline size_t NumArrays(std::span<const int64_t> plan) {
+  constexpr size_t kPlace = 4;
+  return plan.size() > kPlace ? static_cast<size_t>(std::max<int64_t>(plan[kPlace], 0)) : 0;
+}
 
 // Reads `plan` into `stages`. With a `staging` buffer, the copies of stages that have spans go between it and the
-// device pool, and pair i is page i of it. Returns an error if the operands are not those that the plan was made for.
-inline std::optional<std::string> ReadPlan(std::span<const int64_t> plan, const CopyOperands& operands,
-                                           std::vector<Stage>& stages, char* staging = nullptr) {
-  auto next = plan.begin();
-  const auto read = [&next] { return *next++; };
-
-  PageCopy copy;
-  copy.device_pages = operands.device_pages;
-  copy.layer = operands.layer;
-  copy.num_pairs = operands.num_pairs;
-  copy.num_device_pages = static_cast<int32_t>(read());
-  copy.num_host_pages = static_cast<int32_t>(read());
-  if (const int64_t expected = read(); operands.host.bytes != expected) {
-    return "host pool: expected " + std::to_string(expected) + " bytes, got " + std::to_string(operands.host.bytes);
-  }
-  if (const int64_t expected = read(), got = static_cast<int64_t>(operands.arrays.size()); got != expected) {
-    return "device pool: expected " + std::to_string(expected) + " arrays, got " + std::to_string(got);
-  }
-  for (size_t i = 0; i < operands.arrays.size(); ++i) {
-    if (const int64_t expected = read(), got = operands.arrays[i].bytes; got != expected) {
-      return "device pool: expected " + std::to_string(expected) + " bytes in array " + std::to_string(i) + ", got " +
-             std::to_string(got);
-    }
-  }
-  stages.resize(read());
-  for (Stage& stage : stages) {
-    stage.is_by_slab = read() != 0;
-    stage.staged_page_bytes = read();
-    stage.spans.resize(read());
-    for (Span& span : stage.spans) {
-      span.offset = read();
-      span.page_stride = read();
-      span.bytes = read();
-      span.staged_offset = read();
-    }
-    const bool is_staged = staging != nullptr && !stage.spans.empty();
-    copy.host_pages = is_staged ? nullptr : operands.host_pages;
-    for (int64_t num_copies = read(); num_copies > 0; --num_copies) {
-      copy.num_outer = static_cast<int32_t>(read());
-      copy.num_inner = static_cast<int32_t>(read());
-      copy.run_bytes = read();
-      for (Strides* strides : {&copy.device_strides, &copy.host_strides}) {
-        strides->page_bytes = read();
-        strides->outer_bytes = read();
-        strides->inner_bytes = read();
-      }
-      if (is_staged) copy.host_strides.page_bytes = stage.staged_page_bytes;
-      copy.first_slab = static_cast<int32_t>(read());
-      copy.slabs_per_layer = static_cast<int32_t>(read());
-      copy.num_slabs = static_cast<int32_t>(read());
-      for (int32_t s = 0; s < copy.num_slabs; ++s) {
-        const int64_t array = read(), device_offset = read(), host_offset = read(), staged_offset = read();
-        copy.slabs[s] = {operands.arrays[array].data + device_offset,
-                         is_staged ? staging + staged_offset : operands.host.data + host_offset};
-      }
-      stage.copies.push_back(copy);
-    }
-  }
-  return std::nullopt;
-}
+// device pool, and pair i is page i of it. Returns an error if this is no plan, or if the operands are not those that
+// it was made for.
+std::optional<std::string> ReadPlan(std::span<const int64_t> plan, const CopyOperands& operands,
+                                    std::vector<Stage>& stages, char* staging = nullptr);
 
 }  // namespace kvpool

@@ -1,9 +1,12 @@
 // What the handlers of every platform share: operands in, checks, copies out.
 #pragma once
 
+#include <exception>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "copy_plan.h"
@@ -23,6 +26,26 @@ using Integers = ffi::Span<const int64_t>;
 inline ffi::Error FailedPrecondition(std::string message) {
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_kvpool: " + std::move(message));
 }
+
+// A handler as XLA may call it. XLA is behind a C interface, where an exception would end the process: Guarded<f>::Call
+// is `f`, but what it throws becomes the error of the call. For every handler.
+template <auto handler>
+struct Guarded;
+
+template <typename... Args, ffi::Error (*handler)(Args...)>
+struct Guarded<handler> {
+  static ffi::Error Call(Args... args) {
+    try {
+      return handler(std::forward<Args>(args)...);
+    } catch (const std::bad_alloc&) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jax_kvpool: out of host memory");
+    } catch (const std::exception& error) {
+      return ffi::Error(ffi::ErrorCode::kInternal, std::string("jax_kvpool: ") + error.what());
+    } catch (...) {
+      return ffi::Error(ffi::ErrorCode::kInternal, "jax_kvpool: an exception of unknown type");
+    }
+  }
+};
 
 // Binds the memory that later calls take in place: an operand, uninitialised but for what a platform says.
 template <typename Binding>
@@ -140,6 +163,7 @@ inline ffi::ErrorOr<CopyOperands> CheckOperands(const LiveMemory& live, const Ho
                                                 const PageIds& device_pages, const PageIds& host_pages,
                                                 const int32_t* layer, ffi::RemainingArgs arrays,
                                                 ffi::RemainingRets results, Integers plan, bool is_store = false) {
+  auto pieces = live.PiecesOf(host.untyped_data());
   if (!live.Contains(host.untyped_data(), static_cast<int64_t>(host.size_bytes()))) {
     return ffi::Unexpected(FailedPrecondition(
         "the host pool of this call is not the memory of an open HostMemory. It was closed, or the array was copied "
@@ -159,6 +183,7 @@ inline ffi::ErrorOr<CopyOperands> CheckOperands(const LiveMemory& live, const Ho
       .host_pages = host_pages.typed_data(),
       .layer = layer,
       .num_pairs = static_cast<int64_t>(device_pages.element_count()),
+      .pieces = std::move(pieces),
   };
 }
 

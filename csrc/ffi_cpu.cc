@@ -67,14 +67,19 @@ ffi::Error WaitCpu(Scratch scratch, ffi::RemainingArgs operands, ffi::Result<Scr
 }  // namespace
 }  // namespace kvpool
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadCpu, kvpool::CopyCpu<kvpool::Direction::kLoad>,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadCpu, kvpool::Guarded<kvpool::CopyCpu<kvpool::Direction::kLoad>>::Call,
                               kvpool::BindCopy(xla::ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreCpu, kvpool::CopyCpu<kvpool::Direction::kStore>,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreCpu, kvpool::Guarded<kvpool::CopyCpu<kvpool::Direction::kStore>>::Call,
                               kvpool::BindCopy(xla::ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolScratchCpu, kvpool::ScratchCpu, kvpool::BindScratch(xla::ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStartCpu, kvpool::StartCpu, kvpool::BindStart(xla::ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolWaitCpu, kvpool::WaitCpu, kvpool::BindWait(xla::ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadByEngineCpu, kvpool::CopyByEngineCpu<kvpool::Direction::kLoad>,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolScratchCpu, kvpool::Guarded<kvpool::ScratchCpu>::Call,
+                              kvpool::BindScratch(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStartCpu, kvpool::Guarded<kvpool::StartCpu>::Call,
+                              kvpool::BindStart(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolWaitCpu, kvpool::Guarded<kvpool::WaitCpu>::Call,
+                              kvpool::BindWait(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadByEngineCpu,
+                              kvpool::Guarded<kvpool::CopyByEngineCpu<kvpool::Direction::kLoad>>::Call,
                               kvpool::BindCopyByEngine(xla::ffi::Ffi::Bind()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreByEngineCpu, kvpool::CopyByEngineCpu<kvpool::Direction::kStore>,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreByEngineCpu,
+                              kvpool::Guarded<kvpool::CopyByEngineCpu<kvpool::Direction::kStore>>::Call,
                               kvpool::BindCopyByEngine(xla::ffi::Ffi::Bind()));

@@ -24,6 +24,24 @@ ffi::Error CudaFailed(const char* what, cudaError_t error) {
 
 Flights flights;
 
+// Does something at the end of a handler that fails, however it does.
+template <typename Action>
+class UnlessDone {
+ public:
+  explicit UnlessDone(Action action) : action_(std::move(action)) {}
+  ~UnlessDone() {
+    if (!is_done_) action_();
+  }
+  UnlessDone(const UnlessDone&) = delete;
+  UnlessDone& operator=(const UnlessDone&) = delete;
+
+  void Done() { is_done_ = true; }
+
+ private:
+  Action action_;
+  bool is_done_ = false;
+};
+
 template <Direction direction>
 ffi::Error CopyCuda(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer,
                     ffi::RemainingArgs arrays, ffi::RemainingRets results, Integers plan, int64_t max_blocks) {
@@ -63,6 +81,7 @@ ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
   Transfer transfer(direction, *std::move(operands), *staging, max_blocks);
   if (const auto error = transfer.Read(AsSpan(plan), *live_memory, stream)) return FailedPrecondition(*error);
+  UnlessDone abandon([&] { side->Synchronize(); });  // what runs already must not outlive its buffers
   cudaError_t error = cudaSuccess;
   cudaStream_t last = stream;
   for (size_t stage = 0; stage < transfer.num_stages() && !error; ++stage) {
@@ -70,9 +89,17 @@ ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_
     if (!error && last != stream) error = side->Order(last, stream);
   }
   transfer.GiveBackEvents(*side);
-  if (error == cudaSuccess) return ffi::Error::Success();
-  side->Synchronize();  // the step has failed, and what runs already must not outlive its buffers
-  return CudaFailed("copying", error);
+  if (error) return CudaFailed("copying", error);
+  abandon.Done();
+  return ffi::Error::Success();
+}
+
+// Whether waits for these stages, in this order, are for all of `num_stages`, or for no copy at all.
+bool AreStages(std::span<const int64_t> wait_stages, size_t num_stages) {
+  if (wait_stages.empty() || wait_stages.front() < 0 || !std::is_sorted(wait_stages.begin(), wait_stages.end())) {
+    return false;
+  }
+  return num_stages == 0 || static_cast<size_t>(wait_stages.back()) + 1 == num_stages;
 }
 
 ffi::Error StartCuda(cudaStream_t stream, ffi::RunId run, HostArray host, PageIds load_device_pages,
@@ -96,21 +123,28 @@ ffi::Error StartCuda(cudaStream_t stream, ffi::RunId run, HostArray host, PageId
   SideStreams* side = nullptr;
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
   const auto [data, bytes] = *memory;
-  if (load_scratch_bytes + store_scratch_bytes > bytes) return FailedPrecondition("the scratch is too small");
+  if (load_scratch_bytes < 0 || store_scratch_bytes < 0 || load_scratch_bytes > bytes ||
+      store_scratch_bytes > bytes - load_scratch_bytes) {
+    return FailedPrecondition("the scratch is too small");
+  }
   Transfer load(Direction::kLoad, *std::move(loaded), {data, load_scratch_bytes}, max_load_blocks);
   Transfer store(Direction::kStore, *std::move(stored), {data + load_scratch_bytes, store_scratch_bytes},
                  max_store_blocks);
   if (const auto error = load.Read(AsSpan(load_plan), *live_memory, stream)) return FailedPrecondition(*error);
   if (const auto error = store.Read(AsSpan(store_plan), *live_memory, stream)) return FailedPrecondition(*error);
 
+  const size_t num_stages = std::max(store.num_stages(), load.num_stages());
+  if (!AreStages(AsSpan(wait_stages), num_stages) || (!load.IsEmpty() && load.num_stages() != num_stages) ||
+      (!store.IsEmpty() && store.num_stages() != num_stages)) {
+    return FailedPrecondition("the stages of the load, the store and the waits differ");
+  }
   auto flight =
       std::make_shared<Flight>(*memory, run.run_id, *side, std::move(store), std::move(load), AsSpan(wait_stages));
   flight->CountStart();
-  if (const cudaError_t error = flight->Start(stream)) {
-    flight->Abandon();
-    return CudaFailed("starting the copies", error);
-  }
-  flights.Add(std::move(flight));
+  flights.Add(flight);
+  UnlessDone abandon([&] { flights.AbandonOver({{*memory}}); });
+  if (const cudaError_t error = flight->Start(stream)) return CudaFailed("starting the copies", error);
+  abandon.Done();
   return ffi::Error::Success();
 }
 
@@ -135,23 +169,19 @@ ffi::Error WaitForStage(cudaStream_t stream, Flight& flight, std::span<const Byt
 
 ffi::Error WaitCuda(cudaStream_t stream, ffi::RunId run, Scratch scratch, ffi::RemainingArgs operands,
                     ffi::Result<Scratch> same, ffi::RemainingRets results, Integers indices) {
+  UnlessDone abandon([&] { flights.AbandonOf(run.run_id); });  // the step has failed
   const auto flight = flights.Find(scratch.untyped_data(), run.run_id);
-  const auto waited = [&]() -> ffi::Error {
-    if (!flight) {
-      return FailedPrecondition("a wait without a start: XLA copied the scratch of the copies while it was in use");
-    }
-    if (const auto memory = InPlace(scratch, same); memory.has_error()) return memory.error();
-    auto in_place = InPlace(operands, results);
-    if (in_place.has_error()) return in_place.error();
-    in_place->resize(results.size());
-    return WaitForStage(stream, *flight, *in_place, AsSpan(indices));
-  }();
-  if (waited.failure()) {
-    flights.AbandonOf(run.run_id);  // the step has failed
-  } else if (flight->IsOver()) {
-    flights.Remove(*flight);
+  if (!flight) {
+    return FailedPrecondition("a wait without a start: XLA copied the scratch of the copies while it was in use");
   }
-  return waited;
+  if (const auto memory = InPlace(scratch, same); memory.has_error()) return memory.error();
+  auto in_place = InPlace(operands, results);
+  if (in_place.has_error()) return in_place.error();
+  in_place->resize(results.size());
+  if (auto waited = WaitForStage(stream, *flight, *in_place, AsSpan(indices)); waited.failure()) return waited;
+  if (flight->IsOver()) flights.Remove(*flight);
+  abandon.Done();
+  return ffi::Error::Success();
 }
 
 auto BindCuda() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
@@ -171,18 +201,20 @@ int64_t NumHandlerCalls() { return num_handler_calls.load(std::memory_order_rela
 
 }  // namespace kvpool
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadCuda, kvpool::CopyCuda<kvpool::Direction::kLoad>,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadCuda, kvpool::Guarded<kvpool::CopyCuda<kvpool::Direction::kLoad>>::Call,
                               kvpool::BindCopy(kvpool::BindCuda()), {xla::ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreCuda, kvpool::CopyCuda<kvpool::Direction::kStore>,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreCuda, kvpool::Guarded<kvpool::CopyCuda<kvpool::Direction::kStore>>::Call,
                               kvpool::BindCopy(kvpool::BindCuda()), {xla::ffi::Traits::kCmdBufferCompatible});
 // Not for command buffers: ids are read, and waits counted, on the host, every time a handler runs.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadByEngineCuda, kvpool::CopyByEngineCuda<kvpool::Direction::kLoad>,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolLoadByEngineCuda,
+                              kvpool::Guarded<kvpool::CopyByEngineCuda<kvpool::Direction::kLoad>>::Call,
                               kvpool::BindCopyByEngine(kvpool::BindCuda()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreByEngineCuda, kvpool::CopyByEngineCuda<kvpool::Direction::kStore>,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStoreByEngineCuda,
+                              kvpool::Guarded<kvpool::CopyByEngineCuda<kvpool::Direction::kStore>>::Call,
                               kvpool::BindCopyByEngine(kvpool::BindCuda()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolScratchCuda, kvpool::ScratchCuda, kvpool::BindScratch(kvpool::BindCuda()),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStartCuda, kvpool::StartCuda,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolScratchCuda, kvpool::Guarded<kvpool::ScratchCuda>::Call,
+                              kvpool::BindScratch(kvpool::BindCuda()), {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolStartCuda, kvpool::Guarded<kvpool::StartCuda>::Call,
                               kvpool::BindStart(kvpool::BindCuda().Ctx<xla::ffi::RunId>()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolWaitCuda, kvpool::WaitCuda,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(KvPoolWaitCuda, kvpool::Guarded<kvpool::WaitCuda>::Call,
                               kvpool::BindWait(kvpool::BindCuda().Ctx<xla::ffi::RunId>()));

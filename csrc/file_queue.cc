@@ -1,18 +1,34 @@
 #include "file_queue.h"
 
-#include <system_error>
+#include <cerrno>
+#include <exception>
+#include <new>
 #include <utility>
 
 namespace kvpool {
+namespace {
+
+// An exception that left a thread would end the process.
+FileResult ResultOf(const FileQueue::Call& call) noexcept {
+  try {
+    return call();
+  } catch (const std::bad_alloc&) {
+    return {.error = ENOMEM};
+  } catch (...) {
+    return {.error = EIO};
+  }
+}
+
+}  // namespace
 
 void FileQueue::Submit(int64_t index, Call call, bool is_urgent) {
   {
     const std::lock_guard lock(mutex_);
-    todo_.insert(is_urgent ? todo_.begin() : todo_.end(), {index, std::move(call)});
+    todo_.insert(is_urgent ? todo_.begin() : todo_.end(), {std::move(call), {.index = index, .result = {}}});
     if (num_idle_ < todo_.size() && threads_.size() + 1 < depth_) {
       try {
         threads_.emplace_back(&FileQueue::Run, this);
-      } catch (const std::system_error&) {  // no more threads to be had: then with those that there are
+      } catch (const std::exception&) {  // no more threads to be had: then with those that there are
       }
     }
   }
@@ -20,15 +36,15 @@ void FileQueue::Submit(int64_t index, Call call, bool is_urgent) {
 }
 
 void FileQueue::Work(std::unique_lock<std::mutex>& lock) {
-  Task task = std::move(todo_.front());
-  todo_.pop_front();
+  std::list<Task> task;
+  task.splice(task.end(), todo_, todo_.begin());
   ++num_working_;
   lock.unlock();
-  FileResult result = task.call();
-  task.call = nullptr;
+  task.front().done.result = ResultOf(task.front().call);
+  task.front().call = nullptr;
   lock.lock();
   --num_working_;
-  done_.push_back({task.index, std::move(result)});
+  done_.splice(done_.end(), task);
 }
 
 void FileQueue::Run() {
@@ -48,7 +64,7 @@ bool FileQueue::Take(Done& done, std::chrono::milliseconds patience) {
   if (done_.empty() && !todo_.empty()) Work(lock);
   const auto is_over = [this] { return !done_.empty() || (todo_.empty() && num_working_ == 0); };
   if (!has_done_.wait_for(lock, patience, is_over) || done_.empty()) return false;
-  done = std::move(done_.front());
+  done = std::move(done_.front().done);
   done_.pop_front();
   return true;
 }

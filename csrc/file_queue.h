@@ -10,8 +10,8 @@
 
 #include <chrono>
 #include <condition_variable>
-#include <deque>
 #include <functional>
+#include <list>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -36,7 +36,8 @@ class FileQueue {
   FileQueue(const FileQueue&) = delete;
   FileQueue& operator=(const FileQueue&) = delete;
 
-  // `is_urgent`: before all that is not.
+  // `is_urgent`: before all that is not. What `call` throws becomes its result, an errno. Throws std::bad_alloc, and
+  // nothing is submitted then.
   void Submit(int64_t index, Call call, bool is_urgent = false);
 
   // Moves a result, in the order in which they come, to `done`. False: none came in time, or none will.
@@ -48,8 +49,8 @@ class FileQueue {
 
  private:
   struct Task {
-    int64_t index;
     Call call;
+    Done done;
   };
 
   void Run();
@@ -58,8 +59,7 @@ class FileQueue {
   const size_t depth_;
   mutable std::mutex mutex_;  // of what follows
   std::condition_variable has_work_, has_done_;
-  std::deque<Task> todo_;
-  std::deque<Done> done_;
+  std::list<Task> todo_, done_;  // lists: a task moves from one to the other where there is no memory
   size_t num_working_ = 0, num_idle_ = 0;
   bool is_closing_ = false;
   std::vector<std::thread> threads_;

@@ -1,14 +1,13 @@
 #include "host_memory.h"
 
 #include <linux/mman.h>
-#include <sys/mman.h>
+#include <pthread.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <system_error>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 namespace kvpool {
@@ -22,6 +21,8 @@ constexpr int64_t kStripeBytes = int64_t{32} << 20;
 
 std::atomic<bool> leave_to_exit{false};
 std::atomic<int> num_retiring{0};  // threads that unmap
+// A forked process has none of them, and must not wait for them at its end.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { num_retiring = 0; });
 
 [[noreturn]] void ThrowErrno(int error, const char* what) {
   throw std::system_error(error, std::generic_category(), what);
@@ -55,7 +56,7 @@ int PopulateOnThisThread(char* data, int64_t bytes) {
 
 // The last owner may be an array that XLA drops on any thread, under its own locks: only hand over.
 void Retire(HostMemory* memory) {
-  if (!memory->is_mapped()) {
+  if (!memory->is_mapped() || memory->IsElsewhere()) {
     delete memory;
   } else if (!leave_to_exit) {
     try {
@@ -65,7 +66,7 @@ void Retire(HostMemory* memory) {
         --num_retiring;
         num_retiring.notify_all();
       }).detach();
-    } catch (const std::system_error&) {  // no thread to be had: rather a leak than a CUDA call here
+    } catch (...) {  // no thread to be had: rather a leak than a CUDA call here
       --num_retiring;
     }
   }
@@ -78,7 +79,8 @@ LiveMemory& GetLiveMemory() {
   return *live;
 }
 
-std::shared_ptr<HostMemory> HostMemory::Map(int64_t bytes, HugePages huge_pages, int numa_node) {
+std::shared_ptr<HostMemory> HostMemory::Map(int64_t bytes, HugePages huge_pages, int numa_node,
+                                            std::span<const int64_t> piece_ends) {
   // Room to start on a huge page; an explicit mapping does so by itself and must be whole huge pages.
   constexpr int kHuge = MAP_HUGETLB | (21 << MAP_HUGE_SHIFT);  // of 2 MiB, whatever the machine's default is
   const bool is_explicit = huge_pages == HugePages::kExplicit;
@@ -97,15 +99,22 @@ std::shared_ptr<HostMemory> HostMemory::Map(int64_t bytes, HugePages huge_pages,
     if (huge_pages == HugePages::kTransparent) madvise(mapping, mapping_bytes, MADV_HUGEPAGE);
     if (huge_pages == HugePages::kNone) madvise(mapping, mapping_bytes, MADV_NOHUGEPAGE);
     if (numa_node >= 0) PreferNode(memory->mapping_, mapping_bytes, numa_node);
+    memory->pieces_ = std::make_shared<const Pieces>(memory->data_, bytes, piece_ends);
+    memory->pins_.reserve(piece_ends.size());  // what is pinned must be noted without fail
   } catch (...) {
     memory->Unmap();
     throw;
   }
-  GetLiveMemory().Add(memory->data_, bytes);
+  GetLiveMemory().Add(memory->data_, bytes, memory->pieces_);
   return memory;
 }
 
 void HostMemory::Populate(int64_t begin, int64_t end, int num_threads) {
+  if (begin < 0 || begin > end || end > bytes_ || begin % kSmallPageBytes != 0) {
+    throw std::invalid_argument("populate: expected a range of the memory from a multiple of 4096 on, got [" +
+                                std::to_string(begin) + ", " + std::to_string(end) + ")");
+  }
+  if (num_threads < 1) throw std::invalid_argument("num_threads: expected a positive number");
   std::atomic<int64_t> next{begin};
   std::atomic<int> error{0};
   const auto work = [&] {
@@ -123,9 +132,13 @@ void HostMemory::Populate(int64_t begin, int64_t end, int num_threads) {
 void HostMemory::Unmap() {
   if (mapping_ == nullptr) return;
   Close();
-  for (const Pin& pin : pins_) pin.unpin(pin);
+  // In a forked process this address may be somebody else's, and CUDA is the parent's.
+  bool is_free = !IsElsewhere();
+  if (is_free) {
+    for (const Pin& pin : pins_) is_free = pin.unpin(pin) && is_free;
+  }
   pins_.clear();
-  munmap(mapping_, mapping_bytes_);
+  if (is_free) munmap(mapping_, mapping_bytes_);
   mapping_ = nullptr;
 }
 

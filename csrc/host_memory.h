@@ -2,12 +2,20 @@
 // last array over it is gone.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstdint>
 #include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
+#include <system_error>
 #include <vector>
+
+#include "pieces.h"
 
 namespace kvpool {
 
@@ -15,32 +23,43 @@ namespace kvpool {
 // the modules share it, so it is header-only.
 class LiveMemory {
  public:
-  void Add(const void* data, int64_t bytes) {
+  void Add(const void* data, int64_t bytes, std::shared_ptr<const Pieces> pieces) {
     const std::lock_guard lock(mutex_);
-    bytes_[data] = bytes;
+    memories_[data] = {bytes, std::move(pieces)};
   }
   void Remove(const void* data) {
     const std::lock_guard lock(mutex_);
-    bytes_.erase(data);
+    memories_.erase(data);
   }
   // Whether exactly the `bytes` bytes at `data` are one live memory, not a part of it.
   bool Contains(const void* data, int64_t bytes) const {
     const std::lock_guard lock(mutex_);
-    const auto found = bytes_.find(data);
-    return found != bytes_.end() && found->second == bytes;
+    const auto found = memories_.find(data);
+    return found != memories_.end() && found->second.bytes == bytes;
+  }
+  // The pieces of the live memory that begins at `data`, which outlive it; null if there is none.
+  std::shared_ptr<const Pieces> PiecesOf(const void* data) const {
+    const std::lock_guard lock(mutex_);
+    const auto found = memories_.find(data);
+    return found == memories_.end() ? nullptr : found->second.pieces;
   }
   // Whether they are some of the bytes of one live memory.
   bool Covers(const void* data, int64_t bytes) const {
     const std::lock_guard lock(mutex_);
-    const auto after = bytes_.upper_bound(data);
-    if (after == bytes_.begin()) return false;
-    const auto& [base, size] = *std::prev(after);
-    return static_cast<const char*>(data) + bytes <= static_cast<const char*>(base) + size;
+    const auto after = memories_.upper_bound(data);
+    if (after == memories_.begin()) return false;
+    const auto& [base, memory] = *std::prev(after);
+    return static_cast<const char*>(data) + bytes <= static_cast<const char*>(base) + memory.bytes;
   }
 
  private:
+  struct Memory {
+    int64_t bytes;
+    std::shared_ptr<const Pieces> pieces;
+  };
+
   mutable std::mutex mutex_;
-  std::map<const void*, int64_t> bytes_;
+  std::map<const void*, Memory> memories_;  // by the first byte
 };
 
 LiveMemory& GetLiveMemory();
@@ -51,14 +70,16 @@ enum class HugePages { kNone, kTransparent, kExplicit };
 struct Pin {
   char* data;
   int device;
-  void (*unpin)(const Pin& pin);
+  // False: the device may still touch the memory, which then must stay mapped.
+  bool (*unpin)(const Pin& pin);
 };
 
 class HostMemory {
  public:
-  // Maps `bytes` bytes; their pages come with Populate. numa_node: preferred, -1 for none.
-  // Throws std::system_error.
-  static std::shared_ptr<HostMemory> Map(int64_t bytes, HugePages huge_pages, int numa_node);
+  // Maps `bytes` bytes; their pages come with Populate. numa_node: preferred, -1 for none. piece_ends: see Pieces.
+  // Throws std::system_error, std::invalid_argument.
+  static std::shared_ptr<HostMemory> Map(int64_t bytes, HugePages huge_pages, int numa_node,
+                                         std::span<const int64_t> piece_ends);
 
   ~HostMemory() { Unmap(); }
   HostMemory(const HostMemory&) = delete;
@@ -66,17 +87,32 @@ class HostMemory {
 
   char* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
+  const Pieces& pieces() const { return *pieces_; }
   bool is_mapped() const { return mapping_ != nullptr; }
 
-  // Makes the pages of [begin, end) present, with num_threads threads. Throws std::system_error.
+  // Makes the pages of [begin, end) present, with num_threads threads. Throws std::system_error, std::invalid_argument.
   void Populate(int64_t begin, int64_t end, int num_threads);
+
+  // To be called before the first pin: processes that are forked from this one do not get the memory. A copy of it
+  // would be of no use to them, and could make the device write beside this process's own. Throws std::system_error.
+  void KeepFromForks() {
+    if (madvise(mapping_, mapping_bytes_, MADV_DONTFORK) != 0) {
+      throw std::system_error(errno, std::generic_category(), "keeping host memory from forks");
+    }
+    process_ = getpid();
+  }
+  // Where that was called, or -1: forks get a copy on write, as of any memory.
+  pid_t process() const { return process_; }
+  // Whether this process was forked from the one that has the memory.
+  bool IsElsewhere() const { return process_ != -1 && process_ != getpid(); }
 
   void AddPin(const Pin& pin) { pins_.push_back(pin); }
 
   // Handlers refuse the memory from here on; arrays over it stay valid.
   void Close() { GetLiveMemory().Remove(data_); }
 
-  // Ends the pins (which waits for their devices), then the mapping. For the last owner only.
+  // Ends the pins (which waits for their devices), then the mapping. If a pin cannot be ended, the mapping is left to
+  // the end of the process. For the last owner only.
   void Unmap();
 
   // For the end of the process: waits for memory that is being unmapped, and leaves what arrays still own to the
@@ -90,6 +126,8 @@ class HostMemory {
   int64_t mapping_bytes_ = 0;
   char* data_ = nullptr;  // inside it, on a huge page
   int64_t bytes_ = 0;
+  std::shared_ptr<const Pieces> pieces_;
+  pid_t process_ = -1;
   std::vector<Pin> pins_;
 };
 

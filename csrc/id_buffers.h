@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <vector>
 
 #include "host_memory.h"
@@ -12,10 +13,15 @@ namespace kvpool {
 
 class IdBuffers : public std::enable_shared_from_this<IdBuffers> {
  public:
-  IdBuffers(std::shared_ptr<HostMemory> memory, int64_t buffer_bytes) : memory_(std::move(memory)) {
+  IdBuffers(std::shared_ptr<HostMemory> memory, int64_t buffer_bytes)
+      : memory_(std::move(memory)), buffer_bytes_(buffer_bytes) {
+    if (buffer_bytes < 1) throw std::invalid_argument("buffer_bytes: expected a positive number");
     for (int64_t at = 0; at + buffer_bytes <= memory_->bytes(); at += buffer_bytes)
       free_.push_back(memory_->data() + at);
   }
+
+  const HostMemory& memory() const { return *memory_; }
+  int64_t buffer_bytes() const { return buffer_bytes_; }
 
   // A buffer, taken until the last copy of the pointer is gone, on whatever thread that is; null if all are taken.
   std::shared_ptr<char> Take() {
@@ -31,6 +37,7 @@ class IdBuffers : public std::enable_shared_from_this<IdBuffers> {
 
  private:
   std::shared_ptr<HostMemory> memory_;
+  int64_t buffer_bytes_;
   std::mutex mutex_;
   std::vector<char*> free_;
 };

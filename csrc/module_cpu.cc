@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <system_error>
 
@@ -86,12 +87,22 @@ nb::object ExportDlpack(std::shared_ptr<const void> owner, void* data, std::vect
 
 // ---- HostMemory ----
 
+// Where memory that is kept from forks is not, a touch would be a SIGSEGV.
+void RefuseAfterFork(const HostMemory& memory) {
+  if (!memory.IsElsewhere()) return;
+  throw std::runtime_error("HostMemory: pinned for a GPU by process " + std::to_string(memory.process()) +
+                           ", from which this one, " + std::to_string(getpid()) +
+                           ", was forked, and pinned memory is not in forked processes: make one in each, best in "
+                           "processes that are spawned");
+}
+
 // What Python holds: one owner of the memory beside the arrays over it.
 struct PyHostMemory {
   std::shared_ptr<HostMemory> memory;
 
   const std::shared_ptr<HostMemory>& Get() const {
     if (!memory) throw nb::value_error("HostMemory is closed");
+    RefuseAfterFork(*memory);
     return memory;
   }
 };
@@ -126,12 +137,23 @@ void CopyPages(const std::vector<int64_t>& plan, bool is_load, ByteArray host, c
       .host_pages = host_pages.data(),
       .layer = &layer,
       .num_pairs = static_cast<int64_t>(device_pages.size()),
+      .pieces = nullptr,
   };
   for (const ByteArray& array : arrays) {
     operands.arrays.push_back({reinterpret_cast<char*>(array.data()), static_cast<int64_t>(array.size())});
   }
   const Direction direction = is_load ? Direction::kLoad : Direction::kStore;
   if (const auto error = CopyOnCpu(plan, operands, direction)) throw nb::value_error(error->c_str());
+}
+
+// The copies that the copy engine makes of one, as `(offset, bytes)`, in a memory at address 0.
+std::vector<std::pair<int64_t, int64_t>> PartsInPieces(const std::vector<int64_t>& piece_ends, int64_t offset,
+                                                       int64_t num_bytes) {
+  std::vector<std::pair<int64_t, int64_t>> parts;
+  const Pieces pieces(nullptr, piece_ends.empty() ? 0 : piece_ends.back(), piece_ends);
+  pieces.ForEachPart(static_cast<const char*>(nullptr) + offset, num_bytes,
+                     [&](int64_t begin, int64_t bytes) { parts.emplace_back(begin, bytes); });
+  return parts;
 }
 
 // ---- Page ids that the CPU can read ----
@@ -147,6 +169,10 @@ struct PyIdBuffer {
 
 // A buffer with these ids; None if all are taken.
 std::optional<PyIdBuffer> TakeBuffer(const PyIdBuffers& self, Ids ids) {
+  RefuseAfterFork(self.buffers->memory());
+  if (static_cast<int64_t>(ids.nbytes()) > self.buffers->buffer_bytes()) {
+    throw nb::value_error("ids: more than a buffer holds");
+  }
   PyIdBuffer taken = {self.buffers->Take(), static_cast<int64_t>(ids.size())};
   if (!taken.buffer) return std::nullopt;
   std::copy_n(ids.data(), ids.size(), reinterpret_cast<int32_t*>(taken.buffer.get()));
@@ -193,10 +219,11 @@ NB_MODULE(_cpu, m) {
   nb::class_<PyHostMemory>(m, "HostMemory")
       .def(
           "__init__",
-          [](PyHostMemory* self, int64_t num_bytes, HugePages huge_pages, int numa_node) {
-            new (self) PyHostMemory{HostMemory::Map(num_bytes, huge_pages, numa_node)};
+          [](PyHostMemory* self, int64_t num_bytes, HugePages huge_pages, int numa_node,
+             const std::vector<int64_t>& piece_ends) {
+            new (self) PyHostMemory{HostMemory::Map(num_bytes, huge_pages, numa_node, piece_ends)};
           },
-          "num_bytes"_a, "huge_pages"_a, "numa_node"_a)
+          "num_bytes"_a, "huge_pages"_a, "numa_node"_a, "piece_ends"_a)
       .def_prop_ro("address", [](const PyHostMemory& self) { return reinterpret_cast<intptr_t>(self.Get()->data()); })
       .def(
           "populate",
@@ -204,6 +231,7 @@ NB_MODULE(_cpu, m) {
             self.Get()->Populate(begin, end, num_threads);
           },
           "begin"_a, "end"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("keep_from_forks", [](const PyHostMemory& self) { self.Get()->KeepFromForks(); })
       .def("handle", [](const PyHostMemory& self) { return nb::capsule(self.Get().get(), "jax_kvpool.HostMemory"); })
       .def("view", &View)
       .def(
@@ -234,4 +262,5 @@ NB_MODULE(_cpu, m) {
 
   m.def("copy_pages", &CopyPages, "plan"_a, "is_load"_a, "host"_a, "arrays"_a, "device_pages"_a, "host_pages"_a,
         "layer"_a);
+  m.def("parts_in_pieces", &PartsInPieces, "piece_ends"_a, "offset"_a, "num_bytes"_a);
 }

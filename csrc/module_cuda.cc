@@ -2,13 +2,14 @@
 #include <cuda_runtime.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <sys/mman.h>
 
 #include <cctype>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "copy_cuda.h"
 #include "ffi_cuda.h"
@@ -41,21 +42,27 @@ class CurrentDevice {
   int previous_ = 0;
 };
 
-// Runs on whatever thread unmaps the memory. Errors are ignored: at worst the driver keeps a registration of memory
-// that the process no longer has.
-void Unpin(const Pin& pin) {
+// Runs on whatever thread unmaps the memory. After an error nobody knows what the device still does (or, at the end of
+// the process, whether the driver is still there): then the memory stays mapped.
+bool Unpin(const Pin& pin) {
   try {
     const CurrentDevice current(pin.device);
-    cudaDeviceSynchronize();  // XLA may drop an array before the program that reads it has run
-    cudaHostUnregister(pin.data);
-    cudaGetLastError();
+    // XLA may drop an array before the program that reads it has run.
+    Check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    Check(cudaHostUnregister(pin.data), "cudaHostUnregister");
+    return true;
   } catch (const std::runtime_error&) {
+    return false;
   }
 }
 
-// Pins [begin, end) of the memory behind `handle` (jax_kvpool._cpu.HostMemory.handle()) for `device`.
+// Pins [begin, end), one piece of the memory behind `handle` (jax_kvpool._cpu.HostMemory.handle()), for `device`. The
+// memory is kept from forks already.
 void PinMemory(const nb::capsule& handle, int64_t begin, int64_t end, int device) {
   auto* memory = static_cast<HostMemory*>(handle.data("jax_kvpool.HostMemory"));
+  if (begin < 0 || end > memory->bytes() || !memory->pieces().Contains(memory->data() + begin, memory->data() + end)) {
+    throw std::invalid_argument("pin: [" + std::to_string(begin) + ", " + std::to_string(end) + ") is not a piece");
+  }
   const nb::gil_scoped_release release;
   const CurrentDevice current(device);
   int same_address = 0;
@@ -67,7 +74,13 @@ void PinMemory(const nb::capsule& handle, int64_t begin, int64_t end, int device
   char* data = memory->data() + begin;
   Check(cudaHostRegister(data, end - begin, cudaHostRegisterPortable | cudaHostRegisterMapped), "cudaHostRegister");
   memory->AddPin({data, device, Unpin});
-  madvise(data, end - begin, MADV_DONTFORK);  // a fork must neither copy it nor make the GPU write beside it
+}
+
+// What the driver supports (0: there is none) and what this module was built with, as CUDA numbers them: 12080 is 12.8.
+std::pair<int, int> Versions() {
+  int driver = 0;
+  Check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  return {driver, CUDART_VERSION};
 }
 
 // "0000:1b:00.0", as the kernel names the device under /sys/bus/pci/devices.
@@ -102,6 +115,7 @@ NB_MODULE(_cuda, m) {
         SetLiveMemory(static_cast<const LiveMemory*>(live.data("jax_kvpool.LiveMemory")));
       },
       "live"_a);
+  m.def("versions", &Versions);
   m.def("pin", &PinMemory, "handle"_a, "begin"_a, "end"_a, "device"_a);
   m.def("pci_address", &PciAddress, "device"_a);
   m.def(

@@ -64,8 +64,8 @@ FileResult Transfer(Call call, int fd, std::span<char> record, bool is_direct) {
   return result;
 }
 
-int SyncDirectory(const std::string& path) {
-  const OpenFile directory(Open(path.substr(0, path.rfind('/')), O_RDONLY | O_DIRECTORY));
+int SyncDirectory(const std::string& directory_path) {
+  const OpenFile directory(Open(directory_path, O_RDONLY | O_DIRECTORY));
   return directory.descriptor() < 0 || Sync(directory.descriptor()) < 0 ? errno : 0;
 }
 
@@ -95,9 +95,10 @@ FileResult ReadRecord(const std::string& path, std::span<char> record, bool is_d
 FileResult CreateRecord(const std::string& temporary, const std::string& path, int64_t bytes) {
   struct stat status;
   if (lstat(path.c_str(), &status) == 0 && Length(status) == bytes) return Failed(EEXIST);
+  auto file = std::make_shared<OpenFile>();  // before there is a file that an exception would leave behind
   const int fd = Open(temporary, O_RDWR | O_CREAT | O_EXCL | kOpenFlags);
   if (fd < 0) return Failed(errno == EEXIST ? ESTALE : errno);
-  auto file = std::make_shared<OpenFile>(fd);
+  file->Take(fd);
   int error = Retry([&] { return flock(fd, LOCK_EX | LOCK_NB); }) < 0 || fstat(fd, &status) < 0 ? errno : 0;
   if (error == EWOULDBLOCK || (!error && status.st_nlink == 0)) error = ESTALE;
   if (!error) return {.file = std::move(file)};
@@ -107,6 +108,7 @@ FileResult CreateRecord(const std::string& temporary, const std::string& path, i
 
 FileResult WriteRecord(OpenFile& file, const std::string& temporary, const std::string& path, std::span<char> record,
                        bool is_direct, bool sync) {
+  const std::string directory = path.substr(0, path.rfind('/'));  // while an exception leaves all as it was
   const int fd = file.descriptor();
   FileResult result = Transfer(pwrite, fd, record, is_direct);
   if (!result.error && sync && Sync(fd) < 0) result.error = errno;
@@ -114,7 +116,7 @@ FileResult WriteRecord(OpenFile& file, const std::string& temporary, const std::
   if (result.error) return result;
   unlink(temporary.c_str());
   file.Close();
-  if (sync) result.error = SyncDirectory(path);
+  if (sync) result.error = SyncDirectory(directory);
   return result;
 }
 

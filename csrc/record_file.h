@@ -15,12 +15,14 @@ constexpr int64_t kDirectAlignment = 4096;
 // A descriptor, closed by whoever is first.
 class OpenFile {
  public:
-  explicit OpenFile(int descriptor) : descriptor_(descriptor) {}
+  explicit OpenFile(int descriptor = -1) : descriptor_(descriptor) {}
   ~OpenFile() { Close(); }
   OpenFile(const OpenFile&) = delete;
   OpenFile& operator=(const OpenFile&) = delete;
 
   int descriptor() const { return descriptor_; }
+  // To one that is closed.
+  void Take(int descriptor) { descriptor_ = descriptor; }
   void Close();
 
  private:

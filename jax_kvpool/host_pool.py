@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -13,7 +13,6 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpool._check import MAX_INT32, checked_int
-from jax_kvpool._runtime import cuda_module
 from jax_kvpool.layout import HOST_LAYOUTS, Layout, PageSpec, Placement, named_layout
 from jax_kvpool.memory import PIECE_BYTES, DlpackExport, HostMemory, PoolBytes
 
@@ -84,7 +83,7 @@ class HostPool:
                 memory = HostMemory(
                     placement.array_bytes[0],
                     cuda_device=cuda_ordinal(local),
-                    piece_ends=_piece_ends(placement),
+                    piece_ends=_piece_ends(placement) if placement.records else None,
                     **memory_options,
                 )
                 memories.append(memory)
@@ -194,9 +193,8 @@ class HostPool:
         """
         if self.memories and not self.array.is_deleted():
             self.array.delete()
-            if (cuda := cuda_module()) is not None:
-                for memory in self.memories:
-                    cuda.abandon_flights(memory.address, memory.num_bytes)
+            for memory in self.memories:
+                memory.abandon_flights()
         for memory in self.memories:
             memory.close()
 
@@ -282,14 +280,13 @@ def borrow(
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, axes, memory_kind=memory_kind), arrays)
 
 
-def _piece_ends(placement: Placement) -> list[int] | None:
-    """Ends of records, about every 4 GiB: a copy of a record must not cross two registrations."""
-    ends = []
+def _piece_ends(placement: Placement) -> Iterator[int]:
+    """Ends of records, about every 4 GiB: a copy of a record that crosses two pieces would be two copies."""
     for record in placement.records:
         step = max(PIECE_BYTES // record.num_bytes, 1) * record.num_bytes
         end = record.offset + placement.num_pages * record.num_bytes
-        ends += [*range(record.offset + step, end, step), end]
-    return ends or None
+        yield from range(record.offset + step, end, step)
+        yield end
 
 
 def _row_major(shape: Sequence[int], itemsize: int) -> list[int]:

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -28,6 +28,8 @@ _HUGE_PAGES: Final = {
     "explicit": _cpu.HugePages.EXPLICIT,
 }
 _GIB: Final = 2**30
+_SMALL_PAGE_BYTES: Final = 4096
+_HUGE_PAGE_BYTES: Final = 2 * 2**20  # what explicit huge pages are mapped as, whatever the machine's default is
 # cudaHostRegister refuses 512 GiB or more at once on recent drivers. A piece is also a step of the progress.
 PIECE_BYTES: Final = 4 * _GIB
 _PROGRESS_BAR_BYTES: Final = 8 * _GIB  # less takes about a second
@@ -44,13 +46,18 @@ class HostMemory:
     step fails, what was done is undone and the error raised.
 
     Ownership: this object and every array over the memory (NumPy views, JAX arrays through `dlpack`) are its owners.
-    `close()` makes handlers refuse the memory at once; it is unmapped when the last array is gone.
+    `close()` makes handlers refuse the memory at once; it is unmapped when the last array is gone. If CUDA cannot say
+    that the device is done with it, it stays mapped until the process ends.
+
+    A process that is forked from this one has plain memory as a copy (on write) of what it was then. Pinned memory it
+    has not at all: what is asked of this object raises `RuntimeError` there, and `host_ids` does, but an array over the
+    memory that was made before the fork is a segmentation fault when it is touched. So spawn such processes instead.
 
     Args (integers: an int or anything with `__index__`, not a bool):
       num_bytes: how many.
       cuda_device: pin it for this CUDA device (its ordinal); `None`: plain memory.
-      piece_ends: where the pieces end that are registered at once, ascending, `num_bytes` last: the copy engine must
-        not cross them. Default: every 4 GiB.
+      piece_ends: where the pieces end that are registered at once: ints, ascending, multiples of 4096 but for the last,
+        which is `num_bytes`. The copy engine's copies end there, too. Default: every 4 GiB.
       huge_pages: "transparent" (where the kernel has them free), "explicit" (from the reserved pool, or fail), "none".
       numa_node: the preferred node (another one serves where it has no room); "auto": the one the GPU hangs on, if the
         kernel lets us say so; `None`: wherever.
@@ -61,8 +68,9 @@ class HostMemory:
     Raises:
       TypeError: something that should be an int is not.
       MemoryError: the machine or its cgroup has not that much free; nothing has been touched.
+      ValueError, TypeError: an argument that is none of the above.
       OSError: the kernel refused.
-      RuntimeError: CUDA refused to register the memory, or this build has no CUDA module.
+      RuntimeError: CUDA refused to register the memory, this build has no CUDA module, or the driver is too old for it.
     """
 
     def __init__(
@@ -70,7 +78,7 @@ class HostMemory:
         num_bytes: int,
         *,
         cuda_device: int | None = None,
-        piece_ends: Sequence[int] | None = None,
+        piece_ends: Iterable[int] | None = None,
         huge_pages: Literal["transparent", "explicit", "none"] = "transparent",
         numa_node: int | Literal["auto"] | None = "auto",
         num_threads: int | None = None,
@@ -79,10 +87,6 @@ class HostMemory:
         num_bytes = checked_int("num_bytes", num_bytes)
         if num_bytes <= 0:
             raise ValueError(f"num_bytes: expected a positive number, got {num_bytes}")
-        if piece_ends is None:
-            piece_ends = [*range(PIECE_BYTES, num_bytes, PIECE_BYTES), num_bytes]
-        else:
-            piece_ends = [checked_int("piece_ends", end) for end in piece_ends]
         if num_threads is not None:
             num_threads = checked_int("num_threads", num_threads)
             if not 0 < num_threads <= MAX_INT32:
@@ -101,22 +105,29 @@ class HostMemory:
                 f"num_bytes: {num_bytes} bytes ({num_bytes / _GIB:.1f} GiB) wanted, {available} "
                 f"({available / _GIB:.1f} GiB) available with huge_pages={huge_pages!r}"
             )
+        # Not before, since there may be as many as the caller's mistake is large.
+        pieces = _pieces(num_bytes, piece_ends)
 
         self.num_bytes: Final = num_bytes
         self.cuda_device: Final = cuda_device
         self.is_of_pool = False  # set by a HostPool, into which steps store
+        make = functools.partial(
+            _cpu.HostMemory, num_bytes, _HUGE_PAGES[huge_pages], piece_ends=[end for _, end in pieces]
+        )
         if numa_node == "auto":
             node = -1 if cuda is None else _numa_node(cuda.pci_address(cuda_device))
             try:
-                self._memory = _cpu.HostMemory(num_bytes, _HUGE_PAGES[huge_pages], node)
+                self._memory = make(numa_node=node)
             except OSError:  # containers often forbid mbind, or have no part in the node
-                self._memory = _cpu.HostMemory(num_bytes, _HUGE_PAGES[huge_pages], -1)
+                self._memory = make(numa_node=-1)
         else:
-            self._memory = _cpu.HostMemory(num_bytes, _HUGE_PAGES[huge_pages], -1 if numa_node is None else numa_node)
+            self._memory = make(numa_node=-1 if numa_node is None else numa_node)
         try:
             num_threads = num_threads or min(16, len(os.sched_getaffinity(0)))
+            if cuda is not None:
+                self._memory.keep_from_forks()
             with _progress_bar(num_bytes) if progress is None else contextlib.nullcontext(progress) as report:
-                for begin, end in itertools.pairwise([0, *piece_ends]):
+                for begin, end in pieces:
                     self._memory.populate(begin, end, num_threads)
                     if cuda is not None:
                         cuda.pin(self._memory.handle(), begin, end, cuda_device)
@@ -127,14 +138,16 @@ class HostMemory:
 
     @property
     def address(self) -> int:
-        """Of the first byte; a multiple of 2 MiB. Raises `ValueError` if closed."""
+        """Of the first byte; a multiple of 2 MiB. Raises `ValueError` if closed, `RuntimeError` if the memory is pinned
+        and this process was forked since."""
         return self._memory.address
 
     def view(self, begin: int = 0, end: int | None = None, *, writable: bool = False) -> npt.NDArray[np.uint8]:
         """Bytes `[begin, end)` as a NumPy array over the same memory, which it keeps mapped; of a host pool's memory,
         as `PoolBytes`.
 
-        Raises `ValueError` if closed, `IndexError` if the range is not inside, `TypeError` for other than integers.
+        Raises `ValueError` if closed, `IndexError` if the range is not inside, `TypeError` for other than integers,
+        `RuntimeError` if the memory is pinned and this process was forked since.
         """
         begin = checked_int("begin", begin)
         end = self.num_bytes if end is None else checked_int("end", end)
@@ -162,6 +175,11 @@ class HostMemory:
         """The memory as buffers of `buffer_bytes`, at least 4, each to be taken by one array of page ids."""
         buffer_bytes = checked_int("buffer_bytes", buffer_bytes, 4, self.num_bytes)
         return _cpu.IdBuffers(self._memory, buffer_bytes)
+
+    def abandon_flights(self) -> None:
+        """Waits, on this thread, for copies from or to this memory that a failed step has left behind."""
+        if self.cuda_device is not None and (cuda := cuda_module()) is not None:
+            cuda.abandon_flights(self.address, self.num_bytes)
 
     def close(self) -> None:
         """Ends the use of the memory: handlers refuse it from now on, and it is unmapped as soon as no array looks at
@@ -230,17 +248,43 @@ def _progress_bar(num_bytes: int) -> Iterator[Callable[[int, int], Any]]:
         yield lambda done, total: bar.update(done - bar.n)
 
 
+def _pieces(num_bytes: int, piece_ends: Iterable[int] | None) -> list[tuple[int, int]]:
+    """Where each piece begins and ends."""
+    if piece_ends is None:
+        piece_ends = itertools.chain(range(PIECE_BYTES, num_bytes, PIECE_BYTES), [num_bytes])
+    pieces: list[tuple[int, int]] = []
+    begin = 0
+    for given in piece_ends:
+        end = checked_int("piece_ends", given)
+        if not begin < end <= num_bytes or (end % _SMALL_PAGE_BYTES and end != num_bytes):
+            raise ValueError(
+                f"piece_ends: expected multiples of {_SMALL_PAGE_BYTES}, ascending, and {num_bytes} as the last one, "
+                f"got {given} after {begin}"
+            )
+        pieces.append((begin, end))
+        begin = end
+    if begin != num_bytes:
+        raise ValueError(f"piece_ends: expected {num_bytes}, the memory's end, as the last one, got {begin}")
+    return pieces
+
+
 def available_bytes(*, explicit_huge_pages: bool = False) -> int:
-    """What this process can still get: the machine's available memory (or its free reserved huge pages), and no more
-    than its cgroup and the cgroups around it allow."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-
-    def number(key: str) -> int:
-        return int(meminfo[key].split()[0])
-
+    """What this process can still get: the machine's available memory, and no more than its cgroup and the cgroups
+    around it allow. Or, of the pool of 2 MiB huge pages, what is free and promised to nobody, in whole pages."""
     if explicit_huge_pages:
-        return number("HugePages_Free") * number("Hugepagesize") * 1024
-    return min(number("MemAvailable") * 1024, *_cgroup_headrooms())
+        return _free_huge_pages() * _HUGE_PAGE_BYTES
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return min(int(meminfo["MemAvailable"].split()[0]) * 1024, *_cgroup_headrooms())
+
+
+def _free_huge_pages() -> int:
+    """Of 2 MiB. (/proc/meminfo counts those of the machine's default size.)"""
+    pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{_HUGE_PAGE_BYTES // 1024}kB")
+    try:
+        free, reserved = (int((pool / name).read_text()) for name in ("free_hugepages", "resv_hugepages"))
+    except OSError:  # this kernel has none of the size
+        return 0
+    return max(free - reserved, 0)
 
 
 def _cgroup_headrooms() -> Iterator[int]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jax_kvpool import _cpu
 from jax_kvpool._check import MAX_INT32, int_array, is_within
+from jax_kvpool._runtime import require_copy_engine
 from jax_kvpool.host_pool import borrow, cuda_ordinal, mesh_of
 from jax_kvpool.memory import DlpackExport, HostMemory
 
@@ -39,6 +40,8 @@ def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -
 
     Raises:
       TypeError, ValueError: not integers that int32 can hold, bools among them, or not a list.
+      RuntimeError: the driver is too old for the copy engine (CUDA 12.8), or this process was forked from one that has
+        made such ids for a GPU.
     """
     ids = int_array("pages", pages, "a list or a 1-D array of integers")
     if not is_within(ids, -MAX_INT32 - 1, MAX_INT32):
@@ -64,7 +67,11 @@ def _take(ids: npt.NDArray[np.int32], cuda_device: int | None) -> _cpu.IdBuffer:
         for memory in memories:
             if (buffer := memory.take(ids)) is not None:
                 return buffer
-        memories.append(HostMemory(max(_MEMORY_BYTES, buffer_bytes), cuda_device=cuda_device).id_buffers(buffer_bytes))
+        if cuda_device is not None:
+            require_copy_engine()
+        num_bytes = max(_MEMORY_BYTES, buffer_bytes)
+        pinned = HostMemory(num_bytes, cuda_device=cuda_device, piece_ends=[num_bytes])  # no buffer in two pieces
+        memories.append(pinned.id_buffers(buffer_bytes))
         buffer = memories[-1].take(ids)
         assert buffer is not None
         return buffer

@@ -19,6 +19,9 @@ Stages = tuple[tuple[int, ...], ...]
 """The layers of each stage of a copy, in the order in which they are copied."""
 TRACED_LAYER: Final[Stages] = ()
 """One stage, of the one layer that an operand of the call says."""
+_FORMAT_VERSION: Final = (int.from_bytes(b"kvpool") << 16) + 1
+"""The first integer of a plan: handlers refuse the plans of other versions, out of exported or cached programs. It is
+the same number in csrc/copy_plan.h; both are to be changed with the format."""
 STAGED_ALIGNMENT: Final = 256
 """Bytes, of what is staged: as wide accesses there as in a record."""
 
@@ -154,7 +157,7 @@ def copy_plan(
         launches = _launches
     arrays = sorted({d.array for stage in in_stages for d, _ in stage})
 
-    plan = [num_device_pages, num_host_pages, sum(host.array_bytes), len(arrays)]
+    plan = [_FORMAT_VERSION, num_device_pages, num_host_pages, sum(host.array_bytes), len(arrays)]
     plan += [device.array_bytes[a] for a in arrays]
     plan.append(len(in_stages))
     is_by_engine, max_staged = False, 0

@@ -1,6 +1,7 @@
 """Every test that runs JAX runs on each platform that is there: the CPU, and (`-m gpu`) a GPU."""
 
 import dataclasses
+import functools
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -14,6 +15,7 @@ import pytest
 from jax_kvpool import Tuning, tuning
 
 
+@functools.cache  # a search in vain takes 0.2 s
 def _gpus():
     try:
         return jax.devices("gpu")

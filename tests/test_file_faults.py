@@ -30,7 +30,7 @@ class Faults(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("max_bytes", "fails_at", "num_spared", "num_interrupts")),
         *((name, ctypes.c_int32) for name in ("transfer_errno", "open_errno", "refuses_direct_flag")),
         *((name, ctypes.c_int32) for name in ("refuses_direct", "is_not_cached", "removes_before_lock", "pause_us")),
-        ("refuses_threads", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("refuses_threads", "refuses_memory")),
         *((name, ctypes.c_int32) for name in ("num_direct", "num_buffered", "num_at_once", "max_at_once")),
         ("order", ctypes.c_char * 16),
     ]
@@ -254,6 +254,25 @@ def put_without_threads(directory, max_bytes):
 @pytest.mark.parametrize("max_bytes", [None, 3 * RECORD_BYTES])
 def test_where_no_threads_can_be_had(run, max_bytes):
     run(put_without_threads, max_bytes)
+
+
+def put_without_memory(directory, depth):
+    files, before = Files(directory), num_open()
+    with files.open(depth=depth) as store:
+        faults(refuses_memory=2)
+        results = store.put(page_hashes(*range(6)), filled(6))
+        assert faults().refuses_memory <= 0
+        assert sorted(outcomes(results), key=str) == sorted([FAILED] * 2 + [STORED] * 4, key=str)
+        assert all("ENOMEM" in result.reason for result in results if result.outcome is FAILED)
+        assert len(files.records()) == 4 and not files.temporaries() and num_open() == before
+        assert set(put(store, *range(6))) == {STORED, EXISTS}
+        assert get(store, *range(6)) == [FOUND] * 6
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_without_memory_a_record_fails_and_nothing_else(run, depth):
+    """On whatever thread: an exception there would end the process."""
+    run(put_without_memory, depth)
 
 
 # ---- moments ----

@@ -227,9 +227,9 @@ def test_pieces_end_with_records(monkeypatch):
     spec = PageSpec.uniform(4, 3, {"k": ((2, 300), "bfloat16"), "v": ((2, 40), "bfloat16")})
     for layout in HOST_LAYOUTS.values():
         placement = layout.place(spec, 7)
-        ends = host_pool._piece_ends(placement)
+        ends = list(host_pool._piece_ends(placement))
         if not placement.records:
-            assert ends is None
+            assert ends == []
             continue
         assert ends[-1] == placement.array_bytes[0] and len(ends) > 5
         inside = {r.offset + page * r.num_bytes for r in placement.records for page in range(8)}

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import jax_kvpool
-from jax_kvpool import _cpu, _files, _runtime
+from jax_kvpool import _cpu, _files, _runtime, page_ids
 
 
 def run(code):
@@ -37,6 +37,70 @@ def test_a_jaxlib_that_is_too_old_is_named(monkeypatch, tmp_path):
         ImportError, match=r"built for XLA FFI 0\.\d+, but jaxlib .* provides 0\.1: install a newer jax"
     ):
         _runtime.require_runtime()
+
+
+class Extension:
+    """As the CUDA module, on a machine with this driver."""
+
+    def __init__(self, driver, runtime):
+        self._versions = driver, runtime
+
+    def versions(self):
+        return self._versions
+
+
+NEWER_12 = r"install a driver for CUDA 12\.0 or newer \(525 or newer\)"
+NEWER_13 = r"install a driver for CUDA 13\.0 or newer \(580 or newer\)"
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "message"),
+    [
+        (12090, 13000, rf"CUDA 13\.0, but .* is for CUDA 12\.9: {NEWER_13}, or build .* CUDA 12 \(12\.8 or newer\)$"),
+        (12000, 13010, rf"CUDA 13\.1, but .* is for CUDA 12\.0: {NEWER_13}, or build .* CUDA 12 \(12\.8 or newer\)$"),
+        (11080, 13000, rf"CUDA 13\.0, but .* is for CUDA 11\.8: {NEWER_13}$"),
+        (11080, 12080, rf"CUDA 12\.8, but .* is for CUDA 11\.8: {NEWER_12}$"),
+        (0, 13000, rf"CUDA 13\.0, but this machine has no CUDA driver: {NEWER_13}$"),
+        (0, 12080, rf"CUDA 12\.8, but this machine has no CUDA driver: {NEWER_12}$"),
+        (13000, 14000, r"CUDA 14\.0, .* install a driver for CUDA 14\.0 or newer, or build .* CUDA 13 "),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named(monkeypatch, driver, runtime, message):
+    monkeypatch.setattr(_runtime, "_extension", lambda: Extension(driver, runtime))
+    for check in (_runtime.cuda_module, _runtime.require_copy_engine):
+        with pytest.raises(RuntimeError, match=f"its CUDA module was built with {message}"):
+            check()
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime"),
+    [(13000, 13000), (13000, 13010), (13020, 13000), (13000, 12080), (12080, 12090), (14000, 13000)],
+)
+def test_a_driver_of_the_same_major_version_or_newer(monkeypatch, driver, runtime):
+    extension = Extension(driver, runtime)
+    monkeypatch.setattr(_runtime, "_extension", lambda: extension)
+    assert _runtime.cuda_module() is extension
+    _runtime.require_copy_engine()
+
+
+@pytest.mark.parametrize("driver", [12000, 12040, 12070])
+def test_a_driver_without_the_copy_engine(monkeypatch, driver):
+    """A build with nvcc 12.8 runs with it, but not `host_ids`."""
+    monkeypatch.setattr(_runtime, "_extension", lambda: Extension(driver, 12080))
+    assert _runtime.cuda_module() is not None
+    monkeypatch.setattr(page_ids, "cuda_ordinal", lambda device: 0)
+    monkeypatch.setattr(page_ids, "_memories", {})
+    with pytest.raises(
+        RuntimeError, match=rf"CUDA 12\.8 or newer .* driver is for CUDA 12\.{driver % 1000 // 10}: install"
+    ):
+        page_ids.host_ids([1])
+
+
+def test_what_this_build_says():
+    if (extension := _runtime._extension()) is None:
+        pytest.skip("built without the CUDA module")
+    driver, runtime = extension.versions()
+    assert driver >= 0 and runtime >= 12080
 
 
 def test_exported_names():
