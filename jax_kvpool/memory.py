@@ -111,6 +111,7 @@ class HostMemory:
         self.num_bytes: Final = num_bytes
         self.cuda_device: Final = cuda_device
         self.is_of_pool = False  # set by a HostPool, into which steps store
+        self._process = os.getpid()
         make = functools.partial(
             _cpu.HostMemory, num_bytes, _HUGE_PAGES[huge_pages], piece_ends=[end for _, end in pieces]
         )
@@ -177,8 +178,9 @@ class HostMemory:
         return _cpu.IdBuffers(self._memory, buffer_bytes)
 
     def abandon_flights(self) -> None:
-        """Waits, on this thread, for copies from or to this memory that a failed step has left behind."""
-        if self.cuda_device is not None and (cuda := cuda_module()) is not None:
+        """Waits, on this thread, for copies from or to this memory that a failed step has left behind. A forked process
+        has none of them."""
+        if self.cuda_device is not None and os.getpid() == self._process and (cuda := cuda_module()) is not None:
             cuda.abandon_flights(self.address, self.num_bytes)
 
     def close(self) -> None:

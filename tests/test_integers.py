@@ -81,9 +81,9 @@ class Mapping(_cpu.HostMemory):
 
     log = []
 
-    def __init__(self, num_bytes, huge_pages, node):
-        super().__init__(num_bytes, huge_pages, -1)
-        self.log.append(("map", num_bytes, node))
+    def __init__(self, num_bytes, huge_pages, *, numa_node, piece_ends):
+        super().__init__(num_bytes, huge_pages, -1, piece_ends)
+        self.log.append(("map", num_bytes, numa_node, *piece_ends))
 
     def populate(self, begin, end, num_threads):
         super().populate(begin, end, num_threads)
@@ -96,6 +96,9 @@ class Cuda:
 
     def pin(self, handle, begin, end, device):
         Mapping.log.append(("pin", begin, end, device))
+
+    def abandon_flights(self, address, num_bytes):
+        pass
 
 
 class MooncakeLibrary:
@@ -277,7 +280,7 @@ DOORS = {
     "HostPool.view(shard)": Door(lambda n: view(shard=n), 0),
     "HostMemory(num_bytes)": Door(mapping),
     "HostMemory(cuda_device)": Door(lambda n: mapping(cuda_device=n), takes=(None,)),
-    "HostMemory(piece_ends)": Door(lambda n: mapping(piece_ends=[n, 100])),
+    "HostMemory(piece_ends)": Door(lambda n: mapping(3, piece_ends=[n])),
     "HostMemory(numa_node)": Door(lambda n: mapping(numa_node=n), takes=(None,)),
     "HostMemory(num_threads)": Door(lambda n: mapping(num_threads=n), takes=(None,)),
     "HostMemory.view(begin)": Door(lambda n: with_memory(9, lambda host: host.view(n).size)),

@@ -290,9 +290,11 @@ def test_an_output_on_some_of_the_devices_is_refused():
 def test_errors_of_pages(host):
     output = jnp.ones(3)
     assert host.landed([], after=output) == []
-    for pages in (0, np.int32(0), [[0]]):
+    for pages in (0, np.int32(0), np.array([[0]]), "0"):
         with pytest.raises(TypeError, match=r"^pages: expected a sequence of page ids"):
             host.landed(pages, after=output)
+    with pytest.raises(TypeError, match=r"^page: expected an int"):
+        host.landed([[0]], after=output)
     with pytest.raises(IndexError, match="page: expected 0 to 5, got 6"):
         host.landed([0, 6], after=output)
     with pytest.raises(IndexError, match="index: expected 0 to 0"):

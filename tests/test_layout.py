@@ -66,7 +66,7 @@ def test_records_of_mla_in_sglang_layouts():
     ],
 )
 def test_longest_run(device, host, run_bytes):
-    plan, *_ = copy_plan(LLAMA_8B, DEVICE_LAYOUTS[device], 4, HOST_LAYOUTS[host], 3, (LLAMA_8B.layers,))
+    (_, *plan), *_ = copy_plan(LLAMA_8B, DEVICE_LAYOUTS[device], 4, HOST_LAYOUTS[host], 3, (LLAMA_8B.layers,))
     num_arrays = plan[3]
     num_stages, _, _, num_spans = plan[4 + num_arrays : 8 + num_arrays]
     at = 8 + num_arrays + 4 * num_spans
