@@ -7,6 +7,7 @@ result is used, as it drops any dead code.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
@@ -27,14 +28,15 @@ def call(target: str, operands: Sequence[Any], in_place: Sequence[int], **attrib
     else the call reads is neither copied nor returned. Attributes are ints, or tuples of ints.
     """
     register_targets()
-    return list(_call.bind(*operands, target=target, in_place=tuple(in_place), attributes=tuple(attributes.items())))
+    params = {"target": target, "in_place": tuple(in_place), "attributes": tuple(attributes.items())}
+    return list(_call.bind(*operands, **params))  # type: ignore[no-untyped-call]
 
 
 def scratch(num_bytes: int, *operands: Any) -> jax.Array:
     """Device memory of `num_bytes` bytes for a call, which takes it in place. Its content is whatever was there, but
     for the first 8 bytes, which are 0 on a CPU. `operands`: what tells two calls apart."""
     register_targets()
-    result = jax.ShapeDtypeStruct((num_bytes,), np.uint8)
+    result = jax.core.ShapedArray((num_bytes,), np.dtype(np.uint8))
     memory: jax.Array = jax.ffi.ffi_call(SCRATCH_TARGET, result)(*operands)
     return memory
 
@@ -52,10 +54,10 @@ def fenced(arrays: Sequence[Any]) -> list[jax.Array]:
 
 _call: Final = Primitive("jax_kvpool_call")
 _call.multiple_results = True
-_call.def_impl(lambda *operands, **params: xla.apply_primitive(_call, *operands, **params))
+_call.def_impl(functools.partial(xla.apply_primitive, _call))  # type: ignore[no-untyped-call]
 
 
-@_call.def_abstract_eval  # type: ignore[untyped-decorator]
+@_call.def_abstract_eval  # type: ignore[misc]
 def _results(*operands: Any, in_place: tuple[int, ...], **_: Any) -> list[Any]:
     return [operands[i] for i in in_place]
 

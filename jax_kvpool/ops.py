@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import enum
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -111,7 +112,8 @@ def _copy(
     check_pools(device, host)
     arrays = device.flat_arrays()
     stages, traced_layer = _layer(layer, device)
-    plan = _plan(target == LOAD_TARGET, device, host, device_pages, host_pages, stages)
+    is_load = target == LOAD_TARGET
+    plan = _plan(is_load, device, host, device_pages, host_pages, stages)
     num_scratch_bytes = None
     if is_on_host(device_pages) or is_on_host(host_pages):
         if stages == TRACED_LAYER:
@@ -120,7 +122,9 @@ def _copy(
         num_scratch_bytes = scratch_bytes(plan, current().half_bytes, host_pages.size)
     if max_blocks is None and plan.staged_page_bytes:
         max_blocks = _STAGING_BLOCKS
-    operands = host.array, device_pages, host_pages, traced_layer, [arrays[i] for i in plan.arrays]
+    used = [arrays[i] for i in plan.arrays]
+    _warn_of_large_pools(used if is_load else used[-1:])
+    operands = host.array, device_pages, host_pages, traced_layer, used
     changed = _call(target, plan.integers, checked_blocks(max_blocks), num_scratch_bytes, *operands)
     for index, array in zip(plan.arrays, changed, strict=True):
         arrays[index] = array
@@ -152,6 +156,22 @@ def _call(
     for at, array in zip(in_place, changed, strict=True):
         operands[at] = array
     return fenced(operands[first:])
+
+
+def _warn_of_large_pools(changed: list[jax.Array]) -> None:
+    """XLA's rematerialization counts arrays that go through a call twice where the program goes on with them, and
+    computes parts of the model again for want of memory that is there (ARCHITECTURE.md)."""
+    gpu = jax.local_devices()[0]
+    if gpu.platform != "gpu" or not jax.config.jax_compiler_enable_remat_pass:
+        return
+    memory_bytes = (gpu.memory_stats() or {}).get("bytes_limit", 0)
+    if 3 * sum(array.size * array.dtype.itemsize for array in changed) > memory_bytes > 0:
+        warnings.warn(
+            "device: this pool is over a third of the GPU's memory. XLA may count it twice when the program goes on "
+            "with it, and then computes parts of the model again: set JAX_COMPILER_ENABLE_REMAT_PASS=0, or move the "
+            "pages with run_layers",
+            stacklevel=4,
+        )
 
 
 def is_on_host(pages: Any) -> bool:

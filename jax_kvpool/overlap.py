@@ -253,4 +253,5 @@ def _counted_once(call: Callable[[list[jax.Array]], list[jax.Array]], carry: lis
     computes parts of the model again to make room. What goes through a loop it counts once. A loop of one round is none
     to XLA.
     """
-    return jax.lax.fori_loop(0, 2, lambda _, carry: call(carry), carry)
+    result: list[jax.Array] = jax.lax.fori_loop(0, 2, lambda _, carry: call(carry), carry)
+    return result

@@ -1,6 +1,7 @@
 """load and store inside jit, against the oracle; errors; donation; what is refused."""
 
 import functools
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax_kvpool import (
     load,
     page_status,
     store,
+    tuning,
 )
 from jax_kvpool.memory import available_bytes
 
@@ -401,3 +403,34 @@ def test_beyond_4_gib_of_one_layer(device):
     tail = np.asarray(pool.arrays["k"][0][num_pages - 2 :])
     assert not tail[0].any() and (tail[1] == 7).all()
     assert (host.slab(0, "k", 0) == 7).all() and not host.slab(1, "k", 0).any()
+
+
+@pytest.mark.parametrize(
+    ("platform", "memory_bytes", "remat", "op", "is_warned"),
+    [
+        ("gpu", 1 << 12, True, load, True),
+        ("gpu", 1 << 30, True, load, False),
+        ("gpu", 1 << 12, False, load, False),
+        ("gpu", None, True, load, False),
+        ("cpu", 1 << 12, True, load, False),
+        ("gpu", 1 << 12, True, store, False),  # returns one array of 16
+        ("gpu", 1 << 8, True, store, True),
+    ],
+)
+def test_pools_that_xla_may_count_twice(monkeypatch, platform, memory_bytes, remat, op, is_warned):
+    class Gpu:
+        def memory_stats(self):
+            return None if memory_bytes is None else {"bytes_limit": memory_bytes}
+
+    Gpu.platform = platform
+    spec = PageSpec.uniform(2, 8, {"k": ((2, 8), "float32"), "v": ((2, 8), "float32")})
+    device, host = DevicePool.create(spec, 4), HostPool.create(spec, 2)
+    ids = jnp.zeros(1, jnp.int32)
+    expected = pytest.warns(UserWarning, match="JAX_COMPILER_ENABLE_REMAT_PASS=0") if is_warned else nullcontext()
+    with tuning.using(tuning.current()), expected:
+        monkeypatch.setattr(jax, "local_devices", lambda: [Gpu()])
+        jax.config.update("jax_compiler_enable_remat_pass", remat)
+        try:
+            jax.jit(lambda *args: op(*args)).lower(device, host, ids, ids)
+        finally:
+            jax.config.update("jax_compiler_enable_remat_pass", True)
