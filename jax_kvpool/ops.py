@@ -162,7 +162,7 @@ def _warn_of_large_pools(changed: list[jax.Array]) -> None:
     """XLA's rematerialization counts arrays that go through a call twice where the program goes on with them, and
     computes parts of the model again for want of memory that is there (ARCHITECTURE.md)."""
     gpu = jax.local_devices()[0]
-    if gpu.platform != "gpu" or not jax.config.jax_compiler_enable_remat_pass:
+    if gpu.platform != "gpu" or not jax.config.jax_compiler_enable_remat_pass:  # type: ignore[attr-defined]
         return
     memory_bytes = (gpu.memory_stats() or {}).get("bytes_limit", 0)
     if 3 * sum(array.size * array.dtype.itemsize for array in changed) > memory_bytes > 0:
