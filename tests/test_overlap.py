@@ -257,7 +257,9 @@ def test_inside_shard_map(devices, layout, mover_of_layers):
     specs = jax.tree.map(lambda a: a.sharding.spec, (pool, host))
     everywhere, of_shards = PartitionSpec(), PartitionSpec("tp")
     run = jax.jit(
-        jax.shard_map(step, mesh=mesh, in_specs=(of_shards, *specs, *[everywhere] * 4), out_specs=(of_shards, specs[0])),
+        jax.shard_map(
+            step, mesh=mesh, in_specs=(of_shards, *specs, *[everywhere] * 4), out_specs=(of_shards, specs[0])
+        ),
         donate_argnums=1,
     )
     make_ids = np.asarray if mover_of_layers == "kernel" else functools.partial(host_ids, device=mesh)

@@ -1,5 +1,5 @@
-"""Pools sharded by heads over a mesh, inside shard_map: each device moves its own part. On simulated CPU devices, and on
-all GPUs."""
+"""Pools sharded by heads over a mesh, inside shard_map: each device moves its own part. On simulated CPU devices, and
+on all GPUs."""
 
 import functools
 import re
