@@ -15,22 +15,24 @@ from real_size import Case
 
 # 30 GB of pages and an MLP of 11 GB, with 32 layers, 8,192 tokens, and ids from a table: XLA of JAX 0.11 computed the
 # ids again and freed those that the copies read, 30,744 of 32,768 slabs never moved.
-AS_SEEN = {"pool": 30e9, "weights": 11e9, "stores": False, "num_layers": 32, "num_tokens": 8192}
+AS_SEEN = {"pool": 30e9, "weights": 11e9, "stores": False, "writes": False, "num_layers": 32, "num_tokens": 8192}
 # The same bytes in fewer layers, which compile sooner; 20, 30 and 56 GB of an H100's 80. The copy engine moves pages of
 # 64 tokens.
 FIFTH, THIRD, MOST = ({"pool": part, "weights": 0.13} for part in (0.235, 0.35, 0.65))
 HOST_IDS, STAGED = ({"ids": ids, "page_size": 64} for ids in ("host_ids", "staged"))
-TINY = {"pool": 20e6, "weights": 1e6, "num_layers": 2, "num_tokens": 8, "width": 128, "room_bytes": 1}
-
 CASES = [
-    *(Case(layout, **AS_SEEN) for layout in ("per_layer", "stacked")),
-    *(Case(layout, **FIFTH) for layout in ("per_layer", "stacked")),
+    Case("per_layer", **AS_SEEN),
+    Case("stacked", **AS_SEEN),
+    Case("per_layer", **FIFTH),
+    Case("stacked", **FIFTH),
     Case("per_layer", **THIRD, **HOST_IDS),
-    Case("stacked", **THIRD, **STAGED),
-    *(Case(layout, **MOST) for layout in ("per_layer", "stacked")),
+    Case("stacked", **THIRD, **STAGED, writes=False),
+    Case("per_layer", **MOST),
+    Case("stacked", **MOST, writes=False),
     Case("per_layer", **MOST, **STAGED),
-    Case("stacked", **MOST, **HOST_IDS),
+    Case("stacked", **MOST, **HOST_IDS, may_recompute=True),
 ]
+TINY = {"pool": 20e6, "weights": 1e6, "num_layers": 2, "num_tokens": 8, "width": 128, "room_bytes": 1}
 TINY_CASES = [Case("per_layer", **TINY), Case("stacked", **TINY, **HOST_IDS | {"page_size": 16})]
 
 
@@ -52,7 +54,7 @@ def check(case, **environment):
         pytest.skip(f"not enough memory: {result.stdout.strip()}")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "wrong slabs in layers, on the host, written by layers: 0 0 0" in result.stdout
-    assert "remat" not in result.stderr, result.stderr
+    assert case.may_recompute or "remat" not in result.stderr, result.stderr
 
 
 @pytest.mark.gpu
