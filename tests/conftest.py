@@ -1,4 +1,4 @@
-"""Every test that runs JAX runs on each platform that is there: the CPU, and (`-m gpu`) a GPU."""
+"""Every test that runs JAX runs on each platform that is there: the CPU, and (`-m gpu`) a GPU, or all of them."""
 
 import dataclasses
 import functools
@@ -7,6 +7,8 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # The CUDA plugin is to load without a GPU: it compiles for one (hlo.py).
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+# Some tests start processes that need nearly all of a GPU's memory. JAX would take 75 % of every GPU for this one.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
@@ -21,6 +23,11 @@ def _gpus():
         return jax.devices("gpu")
     except RuntimeError:
         return []
+
+
+def pytest_report_header():
+    gpus = _gpus()
+    return f"GPUs: {len(gpus)}" + "".join(f", {kind}" for kind in sorted({gpu.device_kind for gpu in gpus}))
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -39,6 +46,16 @@ def gpu():
     if not (gpus := _gpus()):
         pytest.skip("no GPU")
     return gpus[0]
+
+
+@pytest.fixture(params=[2, 8, pytest.param("gpus", marks=pytest.mark.gpu)])
+def devices(request):
+    """Several devices: two or eight simulated ones, or all GPUs."""
+    if request.param != "gpus":
+        return jax.devices("cpu")[: request.param]
+    if len(gpus := _gpus()) < 2:
+        pytest.skip(f"needs two GPUs, found {len(gpus)}")
+    return gpus
 
 
 MOVERS = ["kernel", "spans", "slabs"]

@@ -3,52 +3,14 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from versions import Versions, fill, written, wrong_in_layer, wrong_on_host
 
 from jax_kvpool import DevicePool, HostPool, PageSpec, _runtime, host_ids, load, overlap, run_layers, store
 
 LARGE = PageSpec.uniform(64, 8, {"k": ((8, 64), "int32"), "v": ((8, 64), "int32")})  # 256 KB a page and layer
 PAGES = 24
-
-
-def content(version, layer, name):
-    """What is everywhere in a slab of a page of this version; the pages of a new pool are of version 0."""
-    return version * (1000 + 10 * layer + (name == "v"))
-
-
-class Versions:
-    """The versions of all pages: of each device pool, and of the host pool that they share."""
-
-    def __init__(self, num_pools):
-        self.rng = np.random.default_rng(0)
-        self.device = np.zeros((num_pools, PAGES), np.int32)
-        self.host = np.arange(1, 1 + num_pools * PAGES, dtype=np.int32)
-        self.newest = num_pools * PAGES
-
-    def turn(self, pool, num_loads, num_stores):
-        """Random pairs to load and to store, in host pages that are this pool's alone, and `(versions, new pages, new
-        versions)`: of all pages after the copies, and what the layers are to write then."""
-
-        def pairs(num):
-            device_pages, host_pages = (self.rng.permutation(PAGES)[:num].astype(np.int32) for _ in range(2))
-            device_pages[1:2] = -1  # skipped
-            return device_pages, host_pages + pool * PAGES
-
-        to_load, to_store = pairs(num_loads), pairs(num_stores)
-        versions = self.device[pool]
-        for device_page, host_page in zip(*to_store, strict=True):
-            if device_page >= 0:
-                self.host[host_page] = versions[device_page]
-        for device_page, host_page in zip(*to_load, strict=True):
-            if device_page >= 0:
-                versions[device_page] = self.host[host_page]
-        copied = versions.copy()
-        new_pages = self.rng.permutation(PAGES)[:8].astype(np.int32)
-        self.newest += 8
-        versions[new_pages] = self.newest - np.arange(8)
-        return to_load, to_store, (copied, new_pages, versions[new_pages])
 
 
 def wrong_slabs(
@@ -62,33 +24,27 @@ def wrong_slabs(
     """
     pools = [DevicePool.create(LARGE, PAGES, layout, device=device) for _ in range(num_pools)]
     host = HostPool.create(LARGE, num_pools * PAGES, host_layout, device=device)
-    versions = Versions(num_pools)
-    for page, version in enumerate(versions.host):
-        for (name, layer), slab in host.view(page, writable=True).items():
-            slab[...] = content(version, layer, name)
+    versions = Versions(num_pools, PAGES)
+    fill(host, versions.host)
 
     def slow(y, num):
         for _ in range(num):
             y = y @ y
         return y
 
-    def apply_layer(written, layer, x, kv):
+    def apply_layer(to_write, layer, x, kv):
         wrong, y = x
-        versions, new_pages, new_versions = written
-        at = (layer,) if layout == "stacked" else ()
-        for name, array in kv.items():
-            is_wrong = array[at] != content(versions, layer, name)[:, None, None, None]
-            wrong += jnp.sum(jnp.any(is_wrong, axis=(1, 2, 3)))
+        versions, new_pages, new_versions = to_write
+        wrong += wrong_in_layer(kv, versions, layer, layout)
         y = slow(y, matmuls[1])
         # `wrong` is to be 0; as a part of what is written it makes this come after everything is read.
-        new = {name: content(new_versions + wrong, layer, name)[:, None, None, None] for name in kv}
-        return (wrong, y), {name: array.at[(*at, new_pages)].set(new[name]) for name, array in kv.items()}
+        return (wrong, y), written(kv, new_pages, new_versions + wrong, layer, layout)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(xs, pools, host, turns):
         done = []
-        for (wrong, y), pool, (to_load, to_store, written) in zip(xs, pools, turns, strict=True):
-            x, layers = (wrong, slow(y, matmuls[0])), functools.partial(apply_layer, written)
+        for (wrong, y), pool, (to_load, to_store, to_write) in zip(xs, pools, turns, strict=True):
+            x, layers = (wrong, slow(y, matmuls[0])), functools.partial(apply_layer, to_write)
             done.append(run_layers(layers, x, pool, host, load=to_load, store=to_store))
         return [x for x, _ in done], [pool for _, pool in done]
 
@@ -97,15 +53,10 @@ def wrong_slabs(
     ids = functools.partial(host_ids, device=device) if on_host else np.asarray
     for i in range(num_steps):
         turns = [versions.turn(pool, *pairs[i % len(pairs)]) for pool in range(num_pools)]
-        turns = [(*jax.tree.map(ids, copies), written) for *copies, written in turns]
+        turns = [(*jax.tree.map(ids, copies), to_write) for *copies, to_write in turns]
         xs, pools = step(xs, pools, host, turns)
     jax.block_until_ready((xs, pools))
-    in_host = [
-        (slab == content(version, layer, name)).all()
-        for page, version in enumerate(versions.host)
-        for (name, layer), slab in host.view(page).items()
-    ]
-    return in_host.count(False) + sum(int(wrong) + int((np.asarray(y) != eye).any()) for wrong, y in xs)
+    return wrong_on_host(host, versions.host) + sum(int(wrong) + int((np.asarray(y) != eye).any()) for wrong, y in xs)
 
 
 @pytest.mark.parametrize(

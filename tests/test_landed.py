@@ -162,19 +162,25 @@ def test_landed_waits_for_all_of_after(late):
 @pytest.mark.gpu
 @pytest.mark.parametrize("late", [0, 1])
 def test_two_gpus_of_which_one_is_late(late):
-    """The late one multiplies matrices for a second or so before it stores."""
+    """The late one multiplies matrices for a second or so before it stores.
+
+    Few and large ones: 1,024 launches fill the queue of a stream, and then the step would be dispatched only when the
+    late device is nearly done. In a loop of a known length, since XLA looks at the end of another on the CPU."""
     gpus = [d for d in jax.devices() if d.platform == "gpu"]
     if len(gpus) < 2:
         pytest.skip(f"needs two GPUs, found {len(gpus)}")
 
     def multiply(zero):
-        unit = jnp.eye(8192, dtype=jnp.bfloat16) + zero.astype(jnp.bfloat16)
-        unit = jax.lax.fori_loop(0, 1000, lambda _, x: x @ unit, unit)
+        unit = jnp.eye(16384, dtype=jnp.bfloat16) + zero.astype(jnp.bfloat16)
+        unit = jax.lax.fori_loop(0, 100, lambda _, x: x @ unit, unit)
         return jnp.minimum(jnp.abs(unit[0, 0]).astype(jnp.float32), 0)
 
-    pools = Sharded(gpus[:2], late, multiply)
-    for device_pages in ([3, 5], [0, 2]):  # the first step compiles
+    pools, was_late = Sharded(gpus[:2], late, multiply), []
+    for device_pages in ([3, 5], [0, 2], [1, 4]):  # the first step compiles
         output = pools.step(device_pages, [1, 4])
+        of_device = {shard.device: shard.data for shard in output.addressable_shards}
+        of_device[gpus[1 - late]].block_until_ready()
+        was_late.append(not of_device[gpus[late]].is_ready())
         records = pools.host.landed([1, 4], after=output, shard=late)
         copies = [record.copy() for record in records]
         jax.block_until_ready(pools.device)
@@ -183,6 +189,7 @@ def test_two_gpus_of_which_one_is_late(late):
                 pools.check(host_page, device_page, shard)
         for record, then in zip(records, copies, strict=True):
             np.testing.assert_array_equal(record, then)
+    assert any(was_late), "one output was never ready without the other: what landed waited for does not show"
 
 
 def test_a_failed_step_gives_no_record():
