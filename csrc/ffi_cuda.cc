@@ -169,7 +169,9 @@ ffi::Error WaitForStage(cudaStream_t stream, Flight& flight, std::span<const Byt
 
 ffi::Error WaitCuda(cudaStream_t stream, ffi::RunId run, Scratch scratch, ffi::RemainingArgs operands,
                     ffi::Result<Scratch> same, ffi::RemainingRets results, Integers indices) {
-  UnlessDone abandon([&] { flights.AbandonOf(run.run_id); });  // the step has failed
+  SideStreams* side = nullptr;
+  if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
+  UnlessDone abandon([&] { flights.AbandonOf(run.run_id, *side); });  // the step has failed
   const auto flight = flights.Find(scratch.untyped_data(), run.run_id);
   if (!flight) {
     return FailedPrecondition("a wait without a start: XLA copied the scratch of the copies while it was in use");

@@ -10,6 +10,8 @@ std::optional<size_t> Flight::CountWait() {
 }
 
 cudaError_t Flight::Start(cudaStream_t stream) {
+  const std::lock_guard lock(mutex_);
+  if (is_abandoned_) return cudaErrorIllegalState;
   cudaError_t error = cudaSuccess;
   if (!store_.IsEmpty()) error = side_.Order(stream, side_.store());
   if (!load_.IsEmpty() && !error) error = side_.Order(stream, side_.load());
@@ -17,6 +19,8 @@ cudaError_t Flight::Start(cudaStream_t stream) {
 }
 
 cudaError_t Flight::Wait(size_t stage, cudaStream_t stream) {
+  const std::lock_guard lock(mutex_);
+  if (is_abandoned_) return cudaErrorIllegalState;
   // The waits before this one have enqueued this stage, and made `stream` wait for the earlier ones.
   for (const cudaEvent_t event : done_[stage]) {
     if (const cudaError_t error = cudaStreamWaitEvent(stream, event, 0)) return error;
@@ -55,6 +59,8 @@ cudaError_t Flight::EnqueueUntil(size_t end) {
 }
 
 void Flight::Abandon() {
+  const std::lock_guard lock(mutex_);
+  is_abandoned_ = true;
   side_.Synchronize();
   GiveBackEvents();
 }
@@ -112,8 +118,8 @@ void Flights::AbandonOver(std::span<const Bytes> bytes) {
   });
 }
 
-void Flights::AbandonOf(int64_t run) {
-  AbandonIf([&](const Flight& flight) { return flight.run() == run; });
+void Flights::AbandonOf(int64_t run, const SideStreams& side) {
+  AbandonIf([&](const Flight& flight) { return flight.run() == run && &flight.side() == &side; });
 }
 
 }  // namespace kvpool

@@ -38,6 +38,7 @@ class Flight {
         wait_stages_(wait_stages.begin(), wait_stages.end()) {}
 
   const Bytes& scratch() const { return scratch_; }
+  const SideStreams& side() const { return side_; }
   int64_t run() const { return run_; }
   const std::vector<Bytes>& arrays() const { return load_.arrays(); }  // of the device pool
   const Bytes& host() const { return load_.host(); }
@@ -56,16 +57,19 @@ class Flight {
   cudaError_t Wait(size_t stage, cudaStream_t stream);
 
   // Waits, on the host, for what was enqueued: when a step has failed, it must not outlive its buffers. Nothing is
-  // enqueued afterwards.
+  // enqueued afterwards: starts and waits fail.
   void Abandon();
 
  private:
   static constexpr size_t kStagesAhead = 2;
 
+  // These are called with mutex_ held.
   // Enqueues both copies of all stages before `end` that are not enqueued yet, and an event behind each.
   cudaError_t EnqueueUntil(size_t end);
   void GiveBackEvents();
 
+  std::mutex mutex_;  // one thread runs the step, another one may close the host pool
+  bool is_abandoned_ = false;
   Bytes scratch_;
   int64_t run_;
   SideStreams& side_;
@@ -88,9 +92,9 @@ class Flights {
 
   size_t size() const;
 
-  // Abandons all flights that touch some of these bytes, or that a failed execution has started.
+  // Abandons all flights that touch some of these bytes, or that an execution has started which failed on a device.
   void AbandonOver(std::span<const Bytes> bytes);
-  void AbandonOf(int64_t run);
+  void AbandonOf(int64_t run, const SideStreams& side);
 
  private:
   template <typename Predicate>

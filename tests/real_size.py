@@ -29,7 +29,7 @@ class Case:
     """`pool`, `weights`: about so many bytes on the device, or if below 1 such a part of its memory. `room_bytes`: what
     a step needs besides. `ids`: "computed" by the program, from "host_ids", or of "host_ids" in the host pool alone,
     with those of the device pool computed, so that a load goes through staging. `may_recompute`: XLA may compute values
-    again; the layers of a scan that write count the pool twice."""
+    again; a layer that writes is counted twice, here an eighth of the pool."""
 
     layout: str
     pool: float

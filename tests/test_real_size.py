@@ -26,11 +26,11 @@ CASES = [
     Case("per_layer", **FIFTH),
     Case("stacked", **FIFTH),
     Case("per_layer", **THIRD, **HOST_IDS),
-    Case("stacked", **THIRD, **STAGED, writes=False),
-    Case("per_layer", **MOST),
-    Case("stacked", **MOST, writes=False),
-    Case("per_layer", **MOST, **STAGED),
-    Case("stacked", **MOST, **HOST_IDS, may_recompute=True),
+    Case("stacked", **THIRD, **STAGED),
+    Case("per_layer", **MOST, may_recompute=True),
+    Case("stacked", **MOST),
+    Case("per_layer", **MOST, **STAGED, may_recompute=True),
+    Case("stacked", **MOST, **HOST_IDS),
 ]
 TINY = {"pool": 20e6, "weights": 1e6, "num_layers": 2, "num_tokens": 8, "width": 128, "room_bytes": 1}
 TINY_CASES = [Case("per_layer", **TINY), Case("stacked", **TINY, **HOST_IDS | {"page_size": 16})]

@@ -131,7 +131,7 @@ def test_a_store_before_a_load(mesh, capfd, layout, gigabytes):
     assert "reduce memory use" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("layout", "gigabytes"), [("per_layer", 50), ("stacked", 20)])
+@pytest.mark.parametrize(("layout", "gigabytes"), [("per_layer", 50), ("stacked", 30)])
 def test_layers_that_write(mesh, capfd, layout, gigabytes):
     assert recomputed(compiled(mesh, beside(layout, ["load"], writes=True), layout, gigabytes)) == set()
     assert "reduce memory use" not in capfd.readouterr().err
