@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from versions import Versions, fill, written, wrong_in_layer, wrong_on_host
