@@ -1,5 +1,7 @@
 #include "ffi_cpu.h"
 
+#include <algorithm>
+
 #include "copy_cpu.h"
 #include "ffi_copy.h"
 
@@ -20,11 +22,15 @@ ffi::Error CopyCpu(HostArray host, PageIds device_pages, PageIds host_pages, Sca
   return CopyNow(*operands, direction, plan);
 }
 
-// There is no copy engine: ids in host memory are ids.
+// There is no copy engine: ids in host memory are ids. The scratch is not used, but must be as a GPU needs it.
 template <Direction direction>
-ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer, Scratch /*scratch*/,
-                           ffi::RemainingArgs arrays, ffi::Result<Scratch> /*same*/, ffi::RemainingRets results,
+ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer, Scratch scratch,
+                           ffi::RemainingArgs arrays, ffi::Result<Scratch> same, ffi::RemainingRets results,
                            Integers plan, int64_t max_blocks) {
+  const auto memory = InPlace(scratch, same);
+  if (memory.has_error()) return memory.error();
+  const auto ids_bytes = static_cast<int64_t>(device_pages.size_bytes() + host_pages.size_bytes());
+  if (memory->bytes < ids_bytes) return FailedPrecondition("the scratch is too small");
   return CopyCpu<direction>(host, device_pages, host_pages, layer, arrays, results, plan, max_blocks);
 }
 
@@ -42,7 +48,7 @@ ffi::Error ScratchCpu(ffi::RemainingArgs /*operands*/, ffi::Result<Scratch> scra
 ffi::Error StartCpu(HostArray host, PageIds load_device_pages, PageIds load_host_pages, PageIds store_device_pages,
                     PageIds store_host_pages, Scratch scratch, ffi::RemainingArgs arrays, ffi::Result<Scratch> same,
                     ffi::RemainingRets results, Integers load_plan, Integers store_plan, Integers /*wait_stages*/,
-                    int64_t /*load_scratch_bytes*/, int64_t /*store_scratch_bytes*/, int64_t /*max_load_blocks*/,
+                    int64_t load_scratch_bytes, int64_t store_scratch_bytes, int64_t /*max_load_blocks*/,
                     int64_t /*max_store_blocks*/) {
   auto stored =
       CheckOperands(GetLiveMemory(), host, store_device_pages, store_host_pages, nullptr, arrays, results, store_plan);
@@ -52,6 +58,9 @@ ffi::Error StartCpu(HostArray host, PageIds load_device_pages, PageIds load_host
   if (loaded.has_error()) return loaded.error();
   const auto flight = InPlace(scratch, same);
   if (flight.has_error()) return flight.error();
+  if (flight->bytes < std::max<int64_t>(load_scratch_bytes + store_scratch_bytes, sizeof(int64_t))) {
+    return FailedPrecondition("the scratch is too small");
+  }
   if (NumStarts(*flight)++ > 0) return ffi::Error::Success();
   if (auto error = CopyNow(*stored, Direction::kStore, store_plan); error.failure()) return error;
   return CopyNow(*loaded, Direction::kLoad, load_plan);
