@@ -57,8 +57,8 @@ auto BindScratch(Binding binding) {
 
 // Binds the operands of a load or store to a platform's own (a stream, or nothing).
 // A store changes the host pool although it is an operand. What orders the calls is the arrays of the device pool: each
-// call takes all that it concerns, a load returns them, aliased, and a store returns the last one. The bytes of a slab
-// in the host pool are touched only by calls on the array that holds the same slab.
+// call takes all that it concerns, and the pool's last one. A load returns those that it concerns, aliased, and a store
+// the last of them. So a call comes after all calls that touched the same bytes of the host pool.
 template <typename Binding>
 auto BindOperands(Binding& binding) {
   return std::move(binding)
@@ -71,8 +71,8 @@ auto BindOperands(Binding& binding) {
 template <typename Binding>
 auto BindCopy(Binding binding) {
   return BindOperands(binding)
-      .RemainingArgs()  // the arrays of the device pool
-      .RemainingRets()  // the same arrays, or the last one
+      .RemainingArgs()  // the arrays of the device pool that it concerns, then what comes before the call
+      .RemainingRets()  // the arrays, or the last of them
       .template Attr<Integers>("plan")
       .template Attr<int64_t>("max_blocks");
 }
@@ -82,9 +82,9 @@ template <typename Binding>
 auto BindCopyByEngine(Binding binding) {
   return BindOperands(binding)
       .template Arg<Scratch>()
-      .RemainingArgs()  // the arrays of the device pool
+      .RemainingArgs()  // as above
       .template Ret<Scratch>()
-      .RemainingRets()  // the same arrays, or the last one
+      .RemainingRets()
       .template Attr<Integers>("plan")
       .template Attr<int64_t>("max_blocks");
 }
@@ -128,22 +128,23 @@ inline Bytes AsBytes(const Scratch& scratch) {
 
 inline std::span<const int64_t> AsSpan(Integers integers) { return {integers.begin(), integers.size()}; }
 
-// The arrays of a call. Each result is an operand at the same address: from the first one on, or for a store the last.
+// The arrays of a call. Each result is an operand at the same address, from number `first` on.
 inline ffi::ErrorOr<std::vector<Bytes>> InPlace(ffi::RemainingArgs arrays, ffi::RemainingRets results,
-                                                bool is_store = false) {
-  if (arrays.size() < results.size()) return ffi::Unexpected(FailedPrecondition("more results than operands"));
+                                                size_t first = 0) {
+  if (arrays.size() < results.size() || arrays.size() - results.size() < first) {
+    return ffi::Unexpected(FailedPrecondition("more results than operands"));
+  }
   std::vector<Bytes> all;
   for (size_t i = 0; i < arrays.size(); ++i) {
     const auto array = arrays.get<ffi::AnyBuffer>(i);
     if (array.has_error()) return ffi::Unexpected(array.error());
     all.push_back({static_cast<char*>(array->untyped_data()), static_cast<int64_t>(array->size_bytes())});
   }
-  const size_t skipped = is_store ? arrays.size() - results.size() : 0;
   for (size_t i = 0; i < results.size(); ++i) {
     auto result = results.get<ffi::AnyBuffer>(i);
     if (result.has_error()) return ffi::Unexpected(result.error());
-    if (all[skipped + i].data != (*result)->untyped_data()) {
-      return ffi::Unexpected(FailedPrecondition("device pool: array " + std::to_string(skipped + i) +
+    if (all[first + i].data != (*result)->untyped_data()) {
+      return ffi::Unexpected(FailedPrecondition("device pool: array " + std::to_string(first + i) +
                                                 " was not updated in place: XLA broke the alias of this call"));
     }
   }
@@ -173,9 +174,14 @@ inline ffi::ErrorOr<CopyOperands> CheckOperands(const LiveMemory& live, const Ho
   if (device_pages.element_count() != host_pages.element_count()) {
     return ffi::Unexpected(FailedPrecondition("device_pages and host_pages differ in length"));
   }
-  auto in_place = InPlace(arrays, results, is_store);
+  const size_t num_arrays = NumArrays(AsSpan(plan));
+  if (arrays.size() < num_arrays) {
+    return ffi::Unexpected(FailedPrecondition("device pool: expected " + std::to_string(num_arrays) + " arrays, got " +
+                                              std::to_string(arrays.size())));
+  }
+  auto in_place = InPlace(arrays, results, is_store && num_arrays > 0 ? num_arrays - 1 : 0);
   if (in_place.has_error()) return ffi::Unexpected(in_place.error());
-  if (in_place->size() > NumArrays(AsSpan(plan))) in_place->resize(NumArrays(AsSpan(plan)));
+  if (in_place->size() > num_arrays) in_place->resize(num_arrays);  // without what is there for order
   return CopyOperands{
       .host = {reinterpret_cast<char*>(host.typed_data()), static_cast<int64_t>(host.size_bytes())},
       .arrays = *std::move(in_place),

@@ -124,7 +124,9 @@ def _copy(
         max_blocks = _STAGING_BLOCKS
     used = [arrays[i] for i in plan.arrays]
     _warn_of_large_pools(used if is_load else used[-1:])
-    operands = host.array, device_pages, host_pages, traced_layer, used
+    # What a store of all layers has returned, for the calls that concern one layer.
+    after = [] if len(arrays) - 1 in plan.arrays else arrays[-1:]
+    operands = host.array, device_pages, host_pages, traced_layer, used, after
     changed = _call(target, plan.integers, checked_blocks(max_blocks), num_scratch_bytes, *operands)
     for index, array in zip(plan.arrays, changed, strict=True):
         arrays[index] = array
@@ -142,20 +144,22 @@ def _call(
     host_pages: jax.Array,
     layer: jax.Array,
     arrays: list[jax.Array],
+    after: list[jax.Array],
 ) -> list[jax.Array]:
     operands = [host, device_pages, host_pages, layer]
     if num_scratch_bytes is not None:
         operands.append(scratch(num_scratch_bytes, device_pages, host_pages))
     first, end = len(operands), len(operands) + len(arrays)
     # A load changes all arrays. A store changes none, but passes the last one through, so that the next load or store
-    # of this pool comes after it. One is enough, and each more would count as so much more memory (overlap.py).
+    # of this pool comes after it, or of this layer. One is enough, and each more would count as so much more memory
+    # (overlap.py).
     through = range(first, end) if target in (LOAD_TARGET, LOAD_BY_ENGINE_TARGET) else [end - 1]
-    operands += fenced(arrays)
+    operands += fenced([*arrays, *after])
     in_place = [*range(4, first), *through]
     changed = call(target, operands, in_place, plan=plan, max_blocks=max_blocks)
     for at, array in zip(in_place, changed, strict=True):
         operands[at] = array
-    return fenced(operands[first:])
+    return fenced(operands[first:end])
 
 
 def _warn_of_large_pools(changed: list[jax.Array]) -> None:

@@ -158,3 +158,44 @@ def test_two_device_pools_over_one_host_pool(device):
     a.host[:, [0, 1]] = b.device[:, [4, 0]]
     a.check(pool_a, host)
     jax.block_until_ready(pool_b)
+
+
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+@pytest.mark.parametrize("donate", [(), (0,)], ids=["kept", "donated"])
+@pytest.mark.parametrize("first", ["all", "one"])
+@pytest.mark.parametrize("second", ["store", "load"])
+def test_a_layer_after_a_store(device, layout, donate, first, second):
+    """Calls that share host pages but no array that the first one returns, of all layers and of one, are in order."""
+    spec = PageSpec.uniform(2, 3, {"k": ((2, 8), "float32"), "v": ((2, 8), "float32")})
+    pool = DevicePool.create(spec, 6, layout, device=device)
+    pool = pool.with_flat_arrays([a + 1 + i for i, a in enumerate(pool.flat_arrays())])
+    pool = pool.with_arrays(
+        jax.tree.map(lambda a: a.at[(slice(None), 1) if layout == "stacked" else 1].add(100), pool.arrays)
+    )
+    host = HostPool.create(spec, 4, device=device)
+    zero, one, two = (np.array([i], np.int32) for i in range(3))
+
+    def step(pool, host):
+        pool = store(pool, host, zero, one, layer=None if first == "all" else 1)
+        if second == "store":
+            return store(pool, host, one, one, layer=1)
+        return load(pool, host, two, one, layer=1)
+
+    before = {name: slab.copy() for name, slab in page_of(pool, 0).items()}
+    other = page_of(pool, 1)
+    pool = jax.block_until_ready(jax.jit(step, donate_argnums=donate)(pool, host))
+    for (name, layer), slab in host.view(1).items():
+        if layer == 1 and second == "store":
+            np.testing.assert_array_equal(slab, other[name, layer])
+        elif layer == 1 or first == "all":
+            np.testing.assert_array_equal(slab, before[name, layer])
+    if second == "load":
+        for name in "kv":
+            np.testing.assert_array_equal(page_of(pool, 2)[name, 1], before[name, 1])
+
+
+def page_of(pool, page):
+    """The slabs of a page by `(name, layer)`."""
+    return {
+        (name, layer): np.asarray(of_name[layer][page]) for name, of_name in pool.arrays.items() for layer in range(3)
+    }
