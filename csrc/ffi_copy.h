@@ -1,6 +1,7 @@
 // What the handlers of every platform share: operands in, checks, copies out.
 #pragma once
 
+#include <algorithm>
 #include <exception>
 #include <new>
 #include <optional>
@@ -175,11 +176,9 @@ inline ffi::ErrorOr<CopyOperands> CheckOperands(const LiveMemory& live, const Ho
     return ffi::Unexpected(FailedPrecondition("device_pages and host_pages differ in length"));
   }
   const size_t num_arrays = NumArrays(AsSpan(plan));
-  if (arrays.size() < num_arrays) {
-    return ffi::Unexpected(FailedPrecondition("device pool: expected " + std::to_string(num_arrays) + " arrays, got " +
-                                              std::to_string(arrays.size())));
-  }
-  auto in_place = InPlace(arrays, results, is_store && num_arrays > 0 ? num_arrays - 1 : 0);
+  // Where there are fewer arrays, or no plan, ReadPlan says so.
+  const size_t last = std::min(num_arrays, arrays.size()) - 1;
+  auto in_place = InPlace(arrays, results, is_store && num_arrays > 0 && arrays.size() > 0 ? last : 0);
   if (in_place.has_error()) return ffi::Unexpected(in_place.error());
   if (in_place->size() > num_arrays) in_place->resize(num_arrays);  // without what is there for order
   return CopyOperands{
