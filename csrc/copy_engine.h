@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "copy_plan.h"
@@ -41,7 +42,7 @@ class Staging {
                    cudaStream_t stream, cudaStream_t engine, SideStreams& side);
 
   // To be called behind the last stage, also after an error.
-  void GiveBackEvents(SideStreams& side) { side.GiveBack(empty_); }
+  void GiveBackEvents(SideStreams& side) { side.GiveBack(std::exchange(empty_, {})); }
 
  private:
   char* data_;

@@ -126,6 +126,7 @@ void ReadStage(Reader& reader, const CopyOperands& operands, PageCopy& copy, cha
     stage.spans.push_back(ReadSpan(reader, operands, copy, stage.staged_page_bytes));
     span_bytes += stage.spans.back().bytes;
   }
+  if (stage.is_by_slab && !stage.spans.empty()) throw BadPlan{"plan: a stage that goes by slab and by span"};
   const bool is_spanned = !stage.spans.empty(), is_staged = staging != nullptr && is_spanned;
   copy.host_pages = is_staged ? nullptr : operands.host_pages;
   for (int64_t n = reader.NextCount("num_copies", 1, 16); n > 0; --n) {

@@ -30,7 +30,11 @@ class UnlessDone {
  public:
   explicit UnlessDone(Action action) : action_(std::move(action)) {}
   ~UnlessDone() {
-    if (!is_done_) action_();
+    if (is_done_) return;
+    try {
+      action_();  // waits first; what may fail for want of memory is giving events back
+    } catch (const std::bad_alloc&) {
+    }
   }
   UnlessDone(const UnlessDone&) = delete;
   UnlessDone& operator=(const UnlessDone&) = delete;
@@ -107,6 +111,9 @@ ffi::Error StartCuda(cudaStream_t stream, ffi::RunId run, HostArray host, PageId
                      ffi::RemainingArgs arrays, ffi::Result<Scratch> same, ffi::RemainingRets results,
                      Integers load_plan, Integers store_plan, Integers wait_stages, int64_t load_scratch_bytes,
                      int64_t store_scratch_bytes, int64_t max_load_blocks, int64_t max_store_blocks) {
+  SideStreams* side = nullptr;
+  if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
+  UnlessDone abandon([&] { flights.AbandonOf(run.run_id, *side); });  // the step has failed
   auto stored =
       CheckOperands(*live_memory, host, store_device_pages, store_host_pages, nullptr, arrays, results, store_plan);
   if (stored.has_error()) return stored.error();
@@ -116,12 +123,16 @@ ffi::Error StartCuda(cudaStream_t stream, ffi::RunId run, HostArray host, PageId
   const auto memory = InPlace(scratch, same);
   if (memory.has_error()) return memory.error();
   if (const auto flight = flights.Find(memory->data, run.run_id); flight && flight->CountStart() == 1) {
+    const auto is_same = [](const Bytes& a, const Bytes& b) { return a.data == b.data; };
+    if (!std::equal(loaded->arrays.begin(), loaded->arrays.end(), flight->arrays().begin(), flight->arrays().end(),
+                    is_same)) {
+      return FailedPrecondition("XLA copied an array of the device pool while pages travelled to it");
+    }
+    abandon.Done();
     return ffi::Error::Success();
   }
   flights.AbandonOver({{*memory}});
   flights.AbandonOver(loaded->arrays);
-  SideStreams* side = nullptr;
-  if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
   const auto [data, bytes] = *memory;
   if (load_scratch_bytes < 0 || store_scratch_bytes < 0 || load_scratch_bytes > bytes ||
       store_scratch_bytes > bytes - load_scratch_bytes) {
@@ -142,7 +153,6 @@ ffi::Error StartCuda(cudaStream_t stream, ffi::RunId run, HostArray host, PageId
       std::make_shared<Flight>(*memory, run.run_id, *side, std::move(store), std::move(load), AsSpan(wait_stages));
   flight->CountStart();
   flights.Add(flight);
-  UnlessDone abandon([&] { flights.AbandonOver({{*memory}}); });
   if (const cudaError_t error = flight->Start(stream)) return CudaFailed("starting the copies", error);
   abandon.Done();
   return ffi::Error::Success();

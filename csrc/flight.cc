@@ -1,6 +1,7 @@
 #include "flight.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace kvpool {
 
@@ -60,14 +61,13 @@ cudaError_t Flight::EnqueueUntil(size_t end) {
 
 void Flight::Abandon() {
   const std::lock_guard lock(mutex_);
-  is_abandoned_ = true;
+  if (IsOver() || std::exchange(is_abandoned_, true)) return;
   side_.Synchronize();
   GiveBackEvents();
 }
 
 void Flight::GiveBackEvents() {
-  for (const auto& events : done_) side_.GiveBack(events);
-  done_.clear();
+  for (const auto& events : std::exchange(done_, {})) side_.GiveBack(events);
   store_.GiveBackEvents(side_);
   load_.GiveBackEvents(side_);
 }
@@ -87,7 +87,7 @@ void Flights::Add(std::shared_ptr<Flight> flight) {
 
 void Flights::Remove(const Flight& flight) {
   const std::lock_guard lock(mutex_);
-  std::erase_if(flights_, [&](const auto& other) { return other.get() == &flight; });
+  flights_.remove_if([&](const auto& other) { return other.get() == &flight; });
 }
 
 size_t Flights::size() const {
@@ -97,13 +97,13 @@ size_t Flights::size() const {
 
 template <typename Predicate>
 void Flights::AbandonIf(Predicate is_lost) {
-  std::vector<std::shared_ptr<Flight>> lost;
+  std::list<std::shared_ptr<Flight>> lost;  // takes no memory, which may be what has failed
   {
     const std::lock_guard lock(mutex_);
-    const auto begin =
-        std::partition(flights_.begin(), flights_.end(), [&](const auto& flight) { return !is_lost(*flight); });
-    lost.assign(begin, flights_.end());
-    flights_.erase(begin, flights_.end());
+    for (auto at = flights_.begin(); at != flights_.end();) {
+      const auto flight = at++;
+      if (is_lost(**flight)) lost.splice(lost.end(), flights_, flight);
+    }
   }
   for (const auto& flight : lost) flight->Abandon();
 }

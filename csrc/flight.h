@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -101,7 +102,7 @@ class Flights {
   void AbandonIf(Predicate is_lost);
 
   mutable std::mutex mutex_;
-  std::vector<std::shared_ptr<Flight>> flights_;  // a few
+  std::list<std::shared_ptr<Flight>> flights_;  // a few
 };
 
 }  // namespace kvpool

@@ -131,10 +131,10 @@ void HostMemory::Populate(int64_t begin, int64_t end, int num_threads) {
 
 void HostMemory::Unmap() {
   if (mapping_ == nullptr) return;
-  Close();
   // In a forked process this address may be somebody else's, and CUDA is the parent's.
   bool is_free = !IsElsewhere();
   if (is_free) {
+    Close();
     for (const Pin& pin : pins_) is_free = pin.unpin(pin) && is_free;
   }
   pins_.clear();

@@ -8,17 +8,18 @@ result is used, as it drops any dead code.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 import jax
+import jax.custom_batching
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_kvpool._runtime import SCRATCH_TARGET, register_targets
 
-__all__ = ["call", "fenced", "scratch"]
+__all__ = ["call", "fenced", "scratch", "whole"]
 
 
 def call(target: str, operands: Sequence[Any], in_place: Sequence[int], **attributes: Any) -> list[jax.Array]:
@@ -50,6 +51,14 @@ def fenced(arrays: Sequence[Any]) -> list[jax.Array]:
     """
     fenced: list[jax.Array] = jax.lax.optimization_barrier(list(arrays))  # type: ignore[no-untyped-call]
     return fenced
+
+
+def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, traced on its own: JAX keeps all of its calls or none, whatever is used of its results, and refuses a
+    value that leaves it in another way."""
+    batched = jax.custom_batching.custom_vmap(function)
+    batched.def_vmap(_refuse_vmap)
+    return batched
 
 
 _call: Final = Primitive("jax_kvpool_call")

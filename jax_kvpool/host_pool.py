@@ -189,12 +189,10 @@ class HostPool:
     def close(self) -> None:
         """Deletes `array` and closes the memories: they are unmapped when no view looks at them and the steps that were
         dispatched before have finished. A later step raises before it starts. Waits for copies that a failed step has
-        left behind. Idempotent.
+        left behind; a step that another thread is dispatching fails. Idempotent.
         """
         if self.memories and not self.array.is_deleted():
             self.array.delete()
-            for memory in self.memories:
-                memory.abandon_flights()
         for memory in self.memories:
             memory.close()
 

@@ -112,6 +112,7 @@ class HostMemory:
         self.cuda_device: Final = cuda_device
         self.is_of_pool = False  # set by a HostPool, into which steps store
         self._process = os.getpid()
+        self._is_closed = False
         make = functools.partial(
             _cpu.HostMemory, num_bytes, _HUGE_PAGES[huge_pages], piece_ends=[end for _, end in pieces]
         )
@@ -177,16 +178,16 @@ class HostMemory:
         buffer_bytes = checked_int("buffer_bytes", buffer_bytes, 4, self.num_bytes)
         return _cpu.IdBuffers(self._memory, buffer_bytes)
 
-    def abandon_flights(self) -> None:
-        """Waits, on this thread, for copies from or to this memory that a failed step has left behind. A forked process
-        has none of them."""
-        if self.cuda_device is not None and os.getpid() == self._process and (cuda := cuda_module()) is not None:
-            cuda.abandon_flights(self.address, self.num_bytes)
-
     def close(self) -> None:
         """Ends the use of the memory: handlers refuse it from now on, and it is unmapped as soon as no array looks at
         it; if none does, now, after the device has finished what it was given. Idempotent."""
+        is_pinned_here = self.cuda_device is not None and os.getpid() == self._process
+        address = self._memory.address if is_pinned_here and not self._is_closed else None
+        self._is_closed = True
         self._memory.close()
+        # Behind that, since handlers refuse the memory now: nothing begins any more.
+        if address is not None and (cuda := cuda_module()) is not None:
+            cuda.abandon_flights(address, self.num_bytes)
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jax_kvpool._runtime import START_TARGET, WAIT_TARGET
-from jax_kvpool.calls import call, fenced, scratch
+from jax_kvpool.calls import call, fenced, scratch, whole
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
 from jax_kvpool.layout import PageSpec
@@ -119,18 +119,22 @@ def run_layers(
         "max_load_blocks": blocks,
         "max_store_blocks": tuning.max_store_blocks_beside if stores_by_kernel else blocks,
     }
-    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, x))
-    ids = (*load_pairs, *store_pairs)
-    flight = scratch(sum(num_scratch_bytes), *ids)
-    flight, arrays, leaves = _start(attributes, flight, device.flat_arrays(), leaves, host.array, ids)
     run = _run_stacked if is_stacked else _run_apart
-    with in_flight(jax.tree.leaves(device.arrays)):
+
+    def all_or_nothing(x: Any, device: DevicePool, host: jax.Array, ids: tuple[Any, ...]) -> tuple[Any, DevicePool]:
+        leaves, structure = jax.tree.flatten(x)
+        flight = scratch(sum(num_scratch_bytes), *ids)
+        flight, arrays, leaves = _start(attributes, flight, device.flat_arrays(), leaves, host, ids)
         x, flight, arrays = run(apply_layer, jax.tree.unflatten(structure, leaves), flight, device, arrays, stages)
-    # Who uses one of the results uses all, and so all waits.
-    leaves = jax.tree.leaves(x)
-    *done, _ = fenced([*leaves, *arrays, flight])
-    x = jax.tree.unflatten(structure, done[: len(leaves)])
-    return x, device.with_flat_arrays(done[len(leaves) :])
+        # Who uses one of the results uses all, and so all waits.
+        leaves = jax.tree.leaves(x)
+        *done, _ = fenced([*leaves, *arrays, flight])
+        return jax.tree.unflatten(structure, done[: len(leaves)]), device.with_flat_arrays(done[len(leaves) :])
+
+    x = jax.tree.map(jnp.asarray, x)
+    with in_flight(jax.tree.leaves(device.arrays)):
+        result: tuple[X, DevicePool] = whole(all_or_nothing)(x, device, host.array, (*load_pairs, *store_pairs))
+    return result
 
 
 def _for_engine(is_load: bool, device_pages: Any, host_pages: Any) -> tuple[int | None, int | None]:

@@ -86,6 +86,7 @@ def check_extents(integers):
     for _ in range(*read()):
         is_by_slab, staged_page_bytes, num_spans = read(3)
         spans = [read(4) for _ in range(num_spans)]
+        assert not (is_by_slab and spans)
         for offset, page_stride, num_bytes, staged_offset in spans:
             assert is_inside(host_bytes, offset, num_bytes, (host_pages, page_stride))
             assert is_inside(staged_page_bytes, staged_offset, num_bytes)
