@@ -146,7 +146,7 @@ def _call(
     # A load changes all arrays. A store changes none, but passes the last one through, so that the next load or store
     # of this pool comes after it. One is enough, and each more would count as so much more memory (overlap.py).
     through = range(first, end) if target in (LOAD_TARGET, LOAD_BY_ENGINE_TARGET) else [end - 1]
-    operands += fenced(arrays)
+    operands[1:] = fenced([*operands[1:], *arrays])
     in_place = [*range(4, first), *through]
     changed = call(target, operands, in_place, plan=plan, max_blocks=max_blocks)
     for at, array in zip(in_place, changed, strict=True):
