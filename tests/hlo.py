@@ -131,12 +131,35 @@ class Program:
                 operands = re.findall(r"%([\w.-]+)", line[opening : _until_closed(line, opening)])
                 opcode = line[end:opening].strip()
                 of_this.append(Instruction(match[1], line[begin:end], opcode, tuple(operands), line))
+        self.by_name = {i.name: i for of_this in self.computations.values() for i in of_this}
+
+    def source(self, name, index=None):
+        """What a value is, or an element of a tuple: `(name, index)` of the instruction that makes or changes it."""
+        instruction = self.by_name[name]
+        if instruction.opcode == "get-tuple-element" and index is None:
+            return self.source(instruction.operands[0], instruction.index)
+        if instruction.opcode in ("bitcast", "optimization-barrier") or (
+            index is None and instruction.opcode == "copy"
+        ):
+            return self.source(instruction.operands[0], index)
+        if instruction.opcode == "tuple" and index is not None:
+            return self.source(instruction.operands[index])
+        return name, index
 
     def reaches(self, instruction, is_wanted):
         """Whether it, or something in what it calls, is wanted."""
         return is_wanted(instruction) or any(
             self.reaches(inner, is_wanted) for name in instruction.called for inner in self.computations[name]
         )
+
+    def in_order(self, is_wanted, instructions=None):
+        """What is wanted, in the order in which the program comes to it; of a loop what one turn does, of a conditional
+        what its branches do, one after another."""
+        for instruction in self.entry if instructions is None else instructions:
+            if is_wanted(instruction):
+                yield instruction
+            for name in instruction.called:
+                yield from self.in_order(is_wanted, self.computations[name])
 
     def is_gemm(self, instruction):
         return self.reaches(instruction, lambda i: i.opcode == "dot" or i.target.startswith("__cublas"))

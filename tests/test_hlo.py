@@ -120,25 +120,19 @@ def misplaced_waits(text):
         for name, calls in program.calls().items()
         if any(call.target == "jax_kvpool_wait" for call in calls)
     )
-    # A call is named for its first result: what has an array, by the number of the wait whose result it must be.
-    is_wait = {i.name for i in instructions if i.target == "jax_kvpool_wait"}
-    forwarded = {i.name: i.operands[0] for i in instructions if i.opcode in ("get-tuple-element", "bitcast")}
+    waits = [i for i in instructions if i.target == "jax_kvpool_wait"]
+    waiting = {program.source(array): at for at, i in enumerate(waits) for array in i.operands[1 : len(i.aliases)]}
+    moves = ("get-tuple-element", "bitcast", "tuple", "optimization-barrier", "parameter")
     found, num_waits, num_gemms = [], 0, 0
-    waiting = {}  # an array that a later wait takes: the number of that wait
-    for number, wait in enumerate(i for i in instructions if i.target == "jax_kvpool_wait"):
-        waiting |= dict.fromkeys(wait.operands[1 : len(wait.aliases)], number)
     for instruction in instructions:
-        if instruction.name in is_wait:
+        if instruction in waits:
             if num_gemms < GEMMS * num_waits:
                 found.append(f"wait {num_waits} after {num_gemms} GEMMs")
             num_waits += 1
-        elif instruction.opcode not in ("get-tuple-element", "bitcast", "tuple", "parameter"):
+        elif instruction.opcode not in moves:
             num_gemms += program.is_gemm(instruction)
-            for operand in instruction.operands:
-                while operand not in waiting and operand in forwarded:
-                    operand = forwarded[operand]
-                if operand in waiting:
-                    found.append(f"{instruction.name} uses an array of wait {waiting[operand]} without it")
+            used = {waiting.get(program.source(operand)) for operand in instruction.operands} - {None}
+            found += [f"{instruction.name} uses an array of wait {at}, but not its result" for at in used]
     if num_gemms != GEMMS * num_waits:
         found.append(f"{num_waits} waits for {num_gemms} GEMMs")
     return found
