@@ -124,11 +124,11 @@ def _copy(
         max_blocks = _STAGING_BLOCKS
     used = [arrays[i] for i in plan.arrays]
     _warn_of_large_pools(used if is_load else used[-1:])
-    # What a store of all layers has returned, for the calls that concern one layer.
-    after = [] if len(arrays) - 1 in plan.arrays else arrays[-1:]
-    operands = host.array, device_pages, host_pages, traced_layer, used, after
-    changed = _call(target, plan.integers, checked_blocks(max_blocks), num_scratch_bytes, *operands)
-    for index, array in zip(plan.arrays, changed, strict=True):
+    # The last array is what a store of all layers has returned: calls that concern one layer come after it, too.
+    indices = [*plan.arrays] if len(arrays) - 1 in plan.arrays else [*plan.arrays, len(arrays) - 1]
+    operands = host.array, device_pages, host_pages, traced_layer, [arrays[i] for i in indices]
+    changed = _call(target, plan, checked_blocks(max_blocks), num_scratch_bytes, *operands)
+    for index, array in zip(indices, changed, strict=True):
         arrays[index] = array
     return device.with_flat_arrays(arrays)
 
@@ -136,7 +136,7 @@ def _copy(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=8, inline=True)
 def _call(
     target: str,
-    plan: tuple[int, ...],
+    plan: CopyPlan,
     max_blocks: int,
     num_scratch_bytes: int | None,
     host: jax.Array,
@@ -144,22 +144,24 @@ def _call(
     host_pages: jax.Array,
     layer: jax.Array,
     arrays: list[jax.Array],
-    after: list[jax.Array],
 ) -> list[jax.Array]:
     operands = [host, device_pages, host_pages, layer]
     if num_scratch_bytes is not None:
         operands.append(scratch(num_scratch_bytes, device_pages, host_pages))
-    first, end = len(operands), len(operands) + len(arrays)
+    first, end = len(operands), len(operands) + len(plan.arrays)
     # A load changes all arrays. A store changes none, but passes the last one through, so that the next load or store
     # of this pool comes after it, or of this layer. One is enough, and each more would count as so much more memory
     # (overlap.py).
     through = range(first, end) if target in (LOAD_TARGET, LOAD_BY_ENGINE_TARGET) else [end - 1]
-    operands += fenced([*arrays, *after])
+    operands += arrays
+    on_device = [i for i, operand in enumerate(operands) if i > 0 and not is_on_host(operand)]
+    for at, fence in zip(on_device, fenced([operands[i] for i in on_device]), strict=True):
+        operands[at] = fence
     in_place = [*range(4, first), *through]
-    changed = call(target, operands, in_place, plan=plan, max_blocks=max_blocks)
+    changed = call(target, operands, in_place, plan=plan.integers, max_blocks=max_blocks)
     for at, array in zip(in_place, changed, strict=True):
         operands[at] = array
-    return fenced(operands[first:end])
+    return fenced(operands[first:])
 
 
 def _warn_of_large_pools(changed: list[jax.Array]) -> None:

@@ -126,7 +126,7 @@ def run_layers(
         flight = scratch(sum(num_scratch_bytes), *ids)
         flight, arrays, leaves = _start(attributes, flight, device.flat_arrays(), leaves, host, ids)
         x, flight, arrays = run(apply_layer, jax.tree.unflatten(structure, leaves), flight, device, arrays, stages)
-        # Who uses one of the results uses all, and so all waits.
+        # Who uses one of the results uses all, and so all waits. And updates behind this keep out of the last waits.
         leaves = jax.tree.leaves(x)
         *done, _ = fenced([*leaves, *arrays, flight])
         return jax.tree.unflatten(structure, done[: len(leaves)]), device.with_flat_arrays(done[len(leaves) :])
@@ -235,10 +235,10 @@ def _start(
     """
 
     def start(carry: list[jax.Array]) -> list[jax.Array]:
-        operands = [host, *ids, *fenced(carry)]
-        return fenced(call(START_TARGET, operands, range(5, len(operands)), **attributes))
+        operands = [host, *ids, *carry]
+        return call(START_TARGET, operands, range(5, len(operands)), **attributes)
 
-    # Fenced, all have the same manual axes inside shard_map, as a loop needs.
+    # Fenced, all have the same manual axes inside shard_map of JAX 0.10, as a loop needs.
     flight, *started = _counted_once(start, fenced([flight, *arrays, *leaves]))
     return flight, started[: len(arrays)], started[len(arrays) :]
 
@@ -246,8 +246,9 @@ def _start(
 def _wait(indices: list[int], x: Any, flight: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
     """Waits, after `x`, for the next stage, whose arrays are number `indices` of the start's; returns
     `[flight, *arrays]`."""
-    in_place = [flight, *arrays]
-    return fenced(call(WAIT_TARGET, [*in_place, *jax.tree.leaves(x)], range(len(in_place)), arrays=tuple(indices)))
+    # Fenced, since x may be a slice.
+    operands = fenced([flight, *arrays, *jax.tree.leaves(x)])
+    return call(WAIT_TARGET, operands, range(1 + len(arrays)), arrays=tuple(indices))
 
 
 def _counted_once(call: Callable[[list[jax.Array]], list[jax.Array]], carry: list[jax.Array]) -> list[jax.Array]:

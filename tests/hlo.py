@@ -49,6 +49,11 @@ def abstract_pools(spec, mesh, layout="per_layer", num_device_pages=192, num_hos
 def compile_for_h100(function, *args, donate=0, dump=None):
     """The scheduled HLO of `jit(function, donate_argnums=donate)(*args)`; uint8 arguments are in pinned host memory.
     `dump`: a new directory for what `Buffers` reads."""
+    return compiled_for_h100(function, *args, donate=donate, dump=dump).as_text()
+
+
+def compiled_for_h100(function, *args, donate=0, dump=None):
+    """The same as JAX's compiled object."""
     lowered = jax.jit(function, donate_argnums=donate).lower(*args)
     module = lowered.compiler_ir("stablehlo")
     with module.context:
@@ -61,7 +66,128 @@ def compile_for_h100(function, *args, donate=0, dump=None):
             attributes.append(ir.DictAttr.get(new))
         main.arg_attrs = ir.ArrayAttr.get(attributes)
     options = {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True} if dump else None
-    return lowered.compile(compiler_options=options).as_text()
+    return lowered.compile(compiler_options=options)
+
+
+class Instruction(NamedTuple):
+    """An instruction of a compiled program; `operands` are names, `text` is its whole line."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+
+    @property
+    def target(self):
+        """Of a custom call; else ''."""
+        match = re.search(r'custom_call_target="([^"]*)"', self.text)
+        return match[1] if match else ""
+
+    @property
+    def index(self):
+        """Of a get-tuple-element, or the number of a parameter."""
+        return int(re.search(r"index=(\d+)|parameter\((\d+)\)", self.text).group(1, 2)[self.opcode == "parameter"])
+
+    @property
+    def aliases(self):
+        """`{result: operand}` of a custom call."""
+        match = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", self.text)
+        pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", match[1]) if match else ()
+        return {int(result or 0): int(operand) for result, operand in pairs}
+
+    @property
+    def called(self):
+        """The names of the computations that it calls."""
+        return re.findall(r"(?:calls|body|condition|to_apply|(?:true|false)_computation)=%([\w.-]+)", self.text) + [
+            name for names in re.findall(r"branch_computations=\{(.*?)\}", self.text) for name in names[1:].split(", %")
+        ]
+
+
+def _until_closed(text, begin):
+    """The index behind the parenthesis that closes the one at `begin`."""
+    depth = 0
+    for at in range(begin, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if depth == 0:
+            return at + 1
+    raise ValueError(text)
+
+
+class Program:
+    """A compiled program's text: `computations` has by name the instructions of each, in the order of the schedule."""
+
+    def __init__(self, text):
+        self.computations = {}
+        for line in text.splitlines():
+            if match := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
+                of_this = self.computations[match[2]] = []
+                if match[1]:
+                    self.entry = of_this
+            elif match := re.match(r"\s+(?:ROOT )?%([\w.-]+) = ", line):
+                begin = match.end()
+                end = _until_closed(line, begin) if line[begin] == "(" else line.index(" ", begin)
+                opening = line.index("(", end)
+                operands = re.findall(r"%([\w.-]+)", line[opening : _until_closed(line, opening)])
+                opcode = line[end:opening].strip()
+                of_this.append(Instruction(match[1], line[begin:end], opcode, tuple(operands), line))
+        self.by_name = {i.name: i for of_this in self.computations.values() for i in of_this}
+
+    def source(self, name, index=None):
+        """What a value is, or an element of a tuple: `(name, index)` of the instruction that makes or changes it."""
+        instruction = self.by_name[name]
+        if instruction.opcode == "get-tuple-element" and index is None:
+            return self.source(instruction.operands[0], instruction.index)
+        if instruction.opcode in ("bitcast", "optimization-barrier") or (
+            index is None and instruction.opcode == "copy"
+        ):
+            return self.source(instruction.operands[0], index)
+        if instruction.opcode == "tuple" and index is not None:
+            return self.source(instruction.operands[index])
+        return name, index
+
+    def reaches(self, instruction, is_wanted):
+        """Whether it, or something in what it calls, is wanted."""
+        return is_wanted(instruction) or any(
+            self.reaches(inner, is_wanted) for name in instruction.called for inner in self.computations[name]
+        )
+
+    def in_order(self, is_wanted, instructions=None):
+        """What is wanted, in the order in which the program comes to it; of a loop what one turn does, of a conditional
+        what its branches do, one after another."""
+        for instruction in self.entry if instructions is None else instructions:
+            if is_wanted(instruction):
+                yield instruction
+            for name in instruction.called:
+                yield from self.in_order(is_wanted, self.computations[name])
+
+    def is_gemm(self, instruction):
+        return self.reaches(instruction, lambda i: i.opcode == "dot" or i.target.startswith("__cublas"))
+
+    def calls(self):
+        """Our custom calls, by the names of the computations that they stand in."""
+        found = {}
+        for name, instructions in self.computations.items():
+            if calls := [i for i in instructions if i.target.startswith("jax_kvpool")]:
+                found[name] = calls
+        return found
+
+    def broken_calls(self):
+        """Those of our calls that are part of a fusion, or have a result that is not changed in place."""
+        fused = {
+            name for of_one in self.computations.values() for i in of_one if i.opcode == "fusion" for name in i.called
+        }
+        found = []
+        for name, calls in self.calls().items():
+            for call in calls:
+                if call.target == "jax_kvpool_scratch":  # has nothing to change, and may be anywhere
+                    continue
+                num_results = call.shape.count("[") if call.shape.startswith("(") else 1
+                if name in fused:
+                    found.append(f"{call.target} is fused")
+                elif set(call.aliases) != set(range(num_results)):
+                    found.append(f"{call.target} has {num_results} results, aliased {call.aliases}")
+        return found
 
 
 class Value(NamedTuple):

@@ -123,6 +123,60 @@ def test_means_store_load_layers(device, spec_name, layout, mover):
     check(SPECS[spec_name], layout, device, 0, mover)
 
 
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+def test_a_page_that_is_stored_and_loaded(device, layout):
+    """What is loaded into a page is not what was stored from it: the start's second call copies nothing."""
+    pool, content, host = random_pools(SPECS["mla"], layout, device, np.random.default_rng(5))
+    loaded = {layer: host.slab(7, "latent", layer).copy() for layer in range(LAYERS)}
+    step = jax.jit(
+        lambda d, h, lp, sp: run_layers(lambda _, x, kv: (x, kv), jnp.int32(0), d, h, load=lp, store=sp),
+        donate_argnums=0,
+    )
+    for _ in range(2):  # the second time what it stores is what it loads
+        _, pool = jax.block_until_ready(step(pool, host, *(np.array([[0], [page]], np.int32) for page in (7, 5))))
+        for layer in range(LAYERS):
+            before = content[layer][0] if layout == "per_layer" else content[0][layer, 0]
+            np.testing.assert_array_equal(host.slab(5, "latent", layer), before)
+        content = [np.array(a) for a in pool.flat_arrays()]
+        for layer in range(LAYERS):
+            now = content[layer][0] if layout == "per_layer" else content[0][layer, 0]
+            np.testing.assert_array_equal(now, loaded[layer])
+
+
+@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
+@pytest.mark.parametrize("num_rows", [1, 4], ids=["the same ids", "other ids"])
+def test_several_steps_in_one_program(device, num_rows, layout):
+    """In a scan, whose steps have one scratch, or with the same ids each a copy of one. Run twice."""
+    rng = np.random.default_rng(6)
+    spec = SPECS["gqa"]
+    tables = [
+        np.stack([rng.permutation(n)[:4] for _ in range(num_rows)]).astype(np.int32)
+        for n in (DEVICE_PAGES, HOST_PAGES) * 2
+    ]
+
+    def steps(run, x, pool, host, tables):
+        def body(carry, step):
+            rows = [table[step % num_rows if num_rows > 1 else 0] for table in tables]
+            return run(layer_over(pool), *carry, host, rows[:2], rows[2:]), None
+
+        return jax.lax.scan(body, (x, pool), jnp.arange(4, dtype=jnp.int32))[0]
+
+    def beside(apply_layer, x, pool, host, to_load, to_store):
+        return run_layers(apply_layer, x, pool, host, load=to_load, store=to_store)
+
+    results = []
+    for run in (beside, in_order):
+        pool, _, host = random_pools(spec, layout, device, np.random.default_rng(6))
+        step = jax.jit(functools.partial(steps, run), donate_argnums=1)
+        x = jax.device_put(np.int32(1), device)
+        for _ in range(2):
+            x, pool = step(x, pool, host, jax.device_put(tables, device))
+        jax.block_until_ready(pool)
+        results.append([np.asarray(x), *map(np.asarray, pool.flat_arrays()), host.memories[0].view()])
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("host_layout", oracle.HOST_ORDERS)
 def test_host_layouts(device, host_layout, mover):
     check(SPECS["gqa"], "per_layer", device, 1, mover, host_layout)
