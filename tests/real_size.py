@@ -182,7 +182,7 @@ def run(case):
             else pool.arrays[name][layer][WRITTEN_PAGE],
             written(STEPS - 1, layer, name),
         )
-        for layer in range(case.num_layers)
+        for layer in range(case.num_layers if case.writes else 0)
         for name in "kv"
     ]
     return sum(map(int, in_layers)), sum(on_host), sum(of_layers)

@@ -356,6 +356,42 @@ def test_a_wait_for_another_array_is_refused(gpu, monkeypatch, copied):
     assert _runtime.cuda_module().num_flights() == 0
 
 
+@pytest.mark.usefixtures("mover_of_layers")
+@pytest.mark.parametrize("mover_of_layers", ["kernel"], indirect=True)
+@pytest.mark.parametrize("used", ["x", "an array", "nothing"])
+def test_jax_keeps_all_of_it_or_nothing(used):
+    """No start without all of its waits, whatever the program uses."""
+    pool, host = DevicePool.create(SPECS["gqa"], DEVICE_PAGES), HostPool.create(SPECS["gqa"], HOST_PAGES)
+    ids = np.array([1], np.int32)
+
+    def step(device, host):
+        x, device = run_layers(layer_over(device), jnp.int32(1), device, host, load=(ids, ids))
+        return {"x": x, "an array": device.arrays["k"][0], "nothing": 0}[used]
+
+    text = jax.jit(step).lower(pool, host).as_text()
+    expected = (0, 0) if used == "nothing" else (1, LAYERS)
+    assert (text.count("@jax_kvpool_start"), text.count("@jax_kvpool_wait")) == expected
+
+
+def test_a_value_that_leaves_a_layer_is_refused():
+    """JAX would keep the waits before it, and drop those behind."""
+    pool, host = DevicePool.create(SPECS["gqa"], DEVICE_PAGES), HostPool.create(SPECS["gqa"], HOST_PAGES)
+    ids = np.array([1], np.int32)
+
+    def step(device, host):
+        seen = []
+
+        def apply_layer(layer, x, kv):
+            seen.append(x)
+            return x + jnp.sum(kv["k"]), kv
+
+        run_layers(apply_layer, jnp.int32(1), device, host, load=(ids, ids))
+        return seen[1]
+
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        jax.jit(step)(pool, host)
+
+
 # ---- What tracing refuses ----
 
 
