@@ -44,8 +44,8 @@ def fenced(arrays: Sequence[Any]) -> list[jax.Array]:
 
     XLA takes a slice before a custom call, and an update after it, into the call, and forgets the aliases then. Any
     operand may be a slice: also page ids, as rows of a table, or what flows through a model's layers. And 0.11.2 and
-    0.12.0.1 refuse to compile a dynamic_update_slice of a result. JAX drops all of a barrier or nothing, so who uses one
-    of these arrays uses the calls that made the others.
+    0.12.0.1 refuse to compile a dynamic_update_slice of a result. JAX drops all of a barrier or nothing, so who uses
+    one of these arrays uses the calls that made the others.
     """
     fenced: list[jax.Array] = jax.lax.optimization_barrier(list(arrays))  # type: ignore[no-untyped-call]
     return fenced
