@@ -91,8 +91,8 @@ def store(
     As `load`, in the other direction; the device pool is donated and returned unchanged, so that a later write to it
     cannot overtake the copy. For the copy engine both ids must be from `host_ids`.
 
-    **A store whose returned pool, of `layer` if that is given, is not used is dead code and not done.** What comes after it
-    is ordered by the last array of the pool: do not put another one, which does not depend on it, in its place.
+    **A store whose returned pool, of `layer` if that is given, is not used is dead code and not done.** What comes after
+    it is ordered by the last array of the pool: do not put another one, which does not depend on it, in its place.
 
     The pages have landed when any output of the program that stored them is ready.
     """
@@ -174,8 +174,8 @@ def _warn_of_large_pools(changed: list[jax.Array]) -> None:
     memory_bytes = (gpu.memory_stats() or {}).get("bytes_limit", 0)
     if 3 * sum(array.size * array.dtype.itemsize for array in changed) > memory_bytes > 0:
         warnings.warn(
-            "device: the arrays that go through this call are over a third of the GPU's memory. XLA may count them twice "
-            "when the program goes on with them, and then computes parts of the model again: set "
+            "device: the arrays that go through this call are over a third of the GPU's memory. XLA may count them "
+            "twice when the program goes on with them, and then computes parts of the model again: set "
             "JAX_COMPILER_ENABLE_REMAT_PASS=0, or move the pages with run_layers",
             stacklevel=4,
         )
