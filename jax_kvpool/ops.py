@@ -91,8 +91,9 @@ def store(
     As `load`, in the other direction; the device pool is donated and returned unchanged, so that a later write to it
     cannot overtake the copy. For the copy engine both ids must be from `host_ids`.
 
-    **A store whose returned pool, of `layer` if that is given, is not used is dead code and not done.** What comes after
-    it is ordered by the last array of the pool: do not put another one, which does not depend on it, in its place.
+    **A store whose returned pool is not used is dead code and not done**, with `layer`, if this layer of it is not.
+    What comes after a store is ordered by the last array of the pool: do not put another one, which does not depend on
+    it, in its place.
 
     The pages have landed when any output of the program that stored them is ready.
     """
