@@ -242,6 +242,12 @@ def check_pools(device: DevicePool, host: HostPool) -> None:
         raise ValueError("device: pages of this pool are travelling (run_layers); apply_layer may use only its own kv")
     if device.spec != host.spec:
         raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
+    if axes := _varying(host.array) - frozenset.intersection(*map(_varying, jax.tree.leaves(device.arrays))):
+        raise ValueError(
+            f"device: its arrays are replicated over the mesh axes {sorted(axes)}, over which the host pool differs, "
+            "so that a load would make them differ, too: give them in_specs over these axes, or shard_map "
+            "check_vma=False"
+        )
     if not isinstance(host.array, jax.core.Tracer) and is_staging():
         raise ValueError(
             "host: this HostPool was closed over by the traced function, which would make it a constant of the "
@@ -253,6 +259,12 @@ def check_pools(device: DevicePool, host: HostPool) -> None:
             f"host: its array must be uint8{list(expected)}, got {host.array.dtype}{list(host.array.shape)}"
             "; a sharded pool has its shard's shapes only inside shard_map"
         )
+
+
+def _varying(array: Any) -> frozenset[Any]:
+    """The mesh axes over which an array may differ, in a shard_map that keeps account of them."""
+    varying: frozenset[Any] = getattr(getattr(jax.typeof(array), "mat", None), "varying", frozenset())
+    return varying
 
 
 def page_pairs(

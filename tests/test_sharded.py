@@ -126,3 +126,28 @@ def test_scan_over_a_sharded_pool(devices):
         for layer in range(3):
             got = np.asarray(device.arrays[name][layer])
             np.testing.assert_array_equal(got[[2, 3]], content[i, layer][[1, 1]])
+
+
+@pytest.mark.parametrize("op", [load, store])
+def test_a_replicated_pool_over_different_host_pools_is_refused(op):
+    """What a load makes of it would be taken for equal on all devices."""
+    mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("tp",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    device = DevicePool.wrap({"k": [jax.device_put(np.ones((PAGES, 4, 2, 8), np.float32), replicated)]})
+    host = HostPool.create(device.spec, 5, device=mesh)
+    ids = np.array([1], np.int32)
+    specs = PartitionSpec(), jax.tree.map(lambda a: a.sharding.spec, host)
+
+    def run(check_vma):
+        step = jax.shard_map(
+            lambda device, host: op(device, host, ids, ids),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=PartitionSpec(),
+            check_vma=check_vma,
+        )
+        return jax.jit(step)(device, host)
+
+    with pytest.raises(ValueError, match=r"device: its arrays are replicated over the mesh axes \['tp'\]"):
+        run(check_vma=True)
+    jax.block_until_ready(run(check_vma=False))
