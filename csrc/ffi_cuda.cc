@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 
 #include "copy_cuda.h"
 #include "ffi_copy.h"
@@ -85,15 +86,19 @@ ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
   Transfer transfer(direction, *std::move(operands), *staging, max_blocks);
   if (const auto error = transfer.Read(AsSpan(plan), *live_memory, stream)) return FailedPrecondition(*error);
-  UnlessDone abandon([&] { side->Synchronize(); });  // what runs already must not outlive its buffers
-  cudaError_t error = cudaSuccess;
-  cudaStream_t last = stream;
-  for (size_t stage = 0; stage < transfer.num_stages() && !error; ++stage) {
-    error = transfer.Enqueue(stage, stream, *side, last);
-    if (!error && last != stream) error = side->Order(last, stream);
+  if (transfer.IsEmpty()) return ffi::Error::Success();
+  std::vector<int64_t> wait_stages(transfer.num_stages());
+  std::iota(wait_stages.begin(), wait_stages.end(), 0);
+  Transfer none(direction, {}, {}, max_blocks);
+  constexpr bool is_load = direction == Direction::kLoad;
+  constexpr int64_t kNoRun = 0;  // nobody looks for this flight
+  Flight flight(*staging, kNoRun, *side, std::move(is_load ? none : transfer), std::move(is_load ? transfer : none),
+                wait_stages);
+  UnlessDone abandon([&] { flight.Abandon(); });
+  if (const cudaError_t error = flight.Start(stream)) return CudaFailed("starting the copies", error);
+  for (const int64_t stage : wait_stages) {
+    if (const cudaError_t error = flight.Wait(stage, stream)) return CudaFailed("copying", error);
   }
-  transfer.GiveBackEvents(*side);
-  if (error) return CudaFailed("copying", error);
   abandon.Done();
   return ffi::Error::Success();
 }

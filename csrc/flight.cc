@@ -23,36 +23,30 @@ cudaError_t Flight::Wait(size_t stage, cudaStream_t stream) {
   const std::lock_guard lock(mutex_);
   if (is_abandoned_) return cudaErrorIllegalState;
   // The waits before this one have enqueued this stage, and made `stream` wait for the earlier ones.
-  for (const cudaEvent_t event : done_[stage]) {
-    if (const cudaError_t error = cudaStreamWaitEvent(stream, event, 0)) return error;
+  for (const Mark& mark : done_[stage]) {
+    if (const cudaError_t error = side_.Wait(mark, stream)) return error;
   }
   if (const cudaError_t error = EnqueueUntil(stage + 1 + kStagesAhead)) return error;
-  if (IsOver()) GiveBackEvents();
+  if (stage + 1 == num_stages()) GiveBackEvents();
   return cudaSuccess;
 }
 
 cudaError_t Flight::EnqueueUntil(size_t end) {
-  const size_t num_stages = static_cast<size_t>(wait_stages_.back()) + 1;
-  cudaEvent_t event = nullptr;
   cudaStream_t last = nullptr;
   cudaError_t error = cudaSuccess;
-  const auto finish = [&] {
-    if (const cudaError_t failed = side_.TakeEvent(event)) return failed;
-    done_.back().push_back(event);
-    return cudaEventRecord(event, last);
-  };
-  while (done_.size() < std::min(end, num_stages) && !error) {
+  const auto finish = [&] { return side_.SetMark(last, done_.back().emplace_back()); };
+  while (done_.size() < std::min(end, num_stages()) && !error) {
     const size_t stage = done_.size();
     done_.emplace_back();
     if (!store_.IsEmpty()) {
-      error = store_.Enqueue(stage, side_.store(), side_, last);
+      error = store_.Enqueue(stage, side_, last);
       if (!error) error = finish();
       for (const cudaStream_t loads : {side_.load(), side_.load_engine()}) {
-        if (!error && !load_.IsEmpty()) error = cudaStreamWaitEvent(loads, event, 0);
+        if (!error && !load_.IsEmpty()) error = side_.Wait(done_.back().back(), loads);
       }
     }
     if (!load_.IsEmpty()) {
-      if (!error) error = load_.Enqueue(stage, side_.load(), side_, last);
+      if (!error) error = load_.Enqueue(stage, side_, last);
       if (!error) error = finish();
     }
   }
@@ -61,13 +55,12 @@ cudaError_t Flight::EnqueueUntil(size_t end) {
 
 void Flight::Abandon() {
   const std::lock_guard lock(mutex_);
-  if (IsOver() || std::exchange(is_abandoned_, true)) return;
+  if (std::exchange(is_abandoned_, true)) return;
   side_.Synchronize();
   GiveBackEvents();
 }
 
 void Flight::GiveBackEvents() {
-  for (const auto& events : std::exchange(done_, {})) side_.GiveBack(events);
   store_.GiveBackEvents(side_);
   load_.GiveBackEvents(side_);
 }

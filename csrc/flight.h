@@ -1,6 +1,6 @@
 // Copies that were started and not yet waited for: what of them is enqueued, and how a wait finds its start.
 //
-//   XLA's stream   start ------- wait, layer 0 -- wait, layer 1 -- ...        (waits by events)
+//   XLA's stream   start ------- wait, layer 0 -- wait, layer 1 -- ...        (waits for marks)
 //   store stream     \ store stage 0 | store stage 1 | ...
 //   load stream       \      load stage 0 | load stage 1 | ...     each after the store of the same stage
 #pragma once
@@ -64,8 +64,10 @@ class Flight {
  private:
   static constexpr size_t kStagesAhead = 2;
 
+  size_t num_stages() const { return static_cast<size_t>(wait_stages_.back()) + 1; }
+
   // These are called with mutex_ held.
-  // Enqueues both copies of all stages before `end` that are not enqueued yet, and an event behind each.
+  // Enqueues both copies of all stages before `end` that are not enqueued yet, and a mark behind each.
   cudaError_t EnqueueUntil(size_t end);
   void GiveBackEvents();
 
@@ -77,8 +79,8 @@ class Flight {
   Transfer store_, load_;
   std::vector<int64_t> wait_stages_;
   int num_starts_ = 0;
-  size_t num_waits_ = 0;                        // so far
-  std::vector<std::vector<cudaEvent_t>> done_;  // of each stage that is enqueued: for each direction that is copied
+  size_t num_waits_ = 0;                 // so far
+  std::vector<std::vector<Mark>> done_;  // of each stage that is enqueued: for each direction that is copied
 };
 
 // The flights that are not over. A pool and a scratch belong to one step at a time; where another one has them, the

@@ -59,8 +59,9 @@ std::optional<std::string> Transfer::Read(std::span<const int64_t> plan, const L
   return ReadPlan(plan, operands_, stages_, staging_ ? scratch_.data : nullptr);
 }
 
-cudaError_t Transfer::Enqueue(size_t stage, cudaStream_t stream, SideStreams& side, cudaStream_t& last) {
+cudaError_t Transfer::Enqueue(size_t stage, SideStreams& side, cudaStream_t& last) {
   const bool is_load = direction_ == Direction::kLoad;
+  const cudaStream_t stream = is_load ? side.load() : side.store();
   const cudaStream_t engine = is_load ? side.load_engine() : side.store_engine();
   const Stage& current = stages_[stage];
   if (current.is_by_slab && !ids_.host_pages.empty() && !ids_.device_pages.empty()) {

@@ -34,8 +34,9 @@ class Transfer {
   // Returns an error if the operands are not the plan's.
   std::optional<std::string> Read(std::span<const int64_t> plan, const LiveMemory& live, cudaStream_t stream);
 
-  // Returns in `last` the stream on which the stage is done. Stages are enqueued in order.
-  cudaError_t Enqueue(size_t stage, cudaStream_t stream, SideStreams& side, cudaStream_t& last);
+  // Enqueues a stage behind what is in the direction's stream for kernels. Returns in `last` the side stream on which
+  // the stage is done. Stages are enqueued in order.
+  cudaError_t Enqueue(size_t stage, SideStreams& side, cudaStream_t& last);
 
   // To be called when no more stages come.
   void GiveBackEvents(SideStreams& side) {
