@@ -5,7 +5,7 @@ from jax_kvpool import DevicePool, HostPool, PageSpec, load, store
 
 spec = PageSpec.uniform(16, num_layers=4, slabs={"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")})
 host = HostPool.create(spec, num_pages=64)  # pinned host memory
-device = DevicePool.create(spec, num_pages=8)  # or DevicePool.wrap(your_arrays)
+device = DevicePool.create(spec, num_pages=8)  # or DevicePool.wrap(your_arrays, spec)
 keys = iter(jax.random.split(jax.random.key(0), 8))
 device = jax.tree.map(lambda a: jax.random.normal(next(keys), a.shape, a.dtype), device)
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpool._check import MAX_INT32, checked_int
+from jax_kvpool.device_pool import where
 from jax_kvpool.layout import HOST_LAYOUTS, Layout, PageSpec, Placement, named_layout
 from jax_kvpool.memory import PIECE_BYTES, DlpackExport, HostMemory, PoolBytes
 
@@ -249,7 +250,11 @@ class HostPool:
         return cls(*children, *static)
 
     def __repr__(self) -> str:
-        return f"HostPool({self.num_pages} pages of {self.placement.page_bytes} bytes, {' '.join(self.layout.order)})"
+        placement = self.placement
+        return (
+            f"HostPool({self.num_pages} pages of {self.spec}, {placement.page_bytes:,} bytes each with padding, "
+            f"{sum(placement.array_bytes):,} bytes, {' '.join(self.layout.order)}, {where([self.array])})"
+        )
 
 
 def mesh_of(device: jax.Device | Mesh | None) -> Mesh:

@@ -12,6 +12,8 @@ layer and name is just `page, token, head`.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +22,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-import ml_dtypes  # noqa: F401  (teaches NumPy the names bfloat16, float8_e4m3fn, ...)
+import ml_dtypes  # also teaches NumPy the names bfloat16, float8_e4m3fn, ...
 import numpy as np
 
 from jax_kvpool._check import MAX_INT32, checked_int
@@ -51,7 +53,45 @@ _SPLITTING_AXES: Final = ("layer", "kv")
 _AXES: Final = ("layer", "kv", "page", "token", "head")
 
 
-@dataclasses.dataclass(frozen=True)
+_MAX_KINDS: Final = 3
+"""Of layers, of which a repr tells."""
+
+
+def _text_of_slabs(slabs: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
+    """`k, v (8, 128) bfloat16`."""
+    by_type: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for name, shape, dtype in slabs:
+        by_type.setdefault((shape, dtype), []).append(name)
+    return " and ".join(f"{', '.join(names)} {shape} {dtype}" for (shape, dtype), names in by_type.items())
+
+
+def _dtype_name(slab: str, dtype: Any) -> str:
+    """NumPy's name of a dtype whose numbers are bytes that can be moved about."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if dtype is None or found is None or (bits := _bits(found)) is None:
+        raise TypeError(f"dtype: expected numbers, such as 'bfloat16' or 'uint8', got {dtype!r:.80} for slab {slab!r}")
+    if bits != 8 * found.itemsize:
+        raise ValueError(f"dtype: {found.name} of slab {slab!r} has {bits} bits; pass its bytes as uint8")
+    if not found.isnative:
+        raise ValueError(f"dtype: expected numbers in this machine's byte order, got {found.str!r} for slab {slab!r}")
+    return str(found.name)
+
+
+def _bits(dtype: np.dtype[Any]) -> int | None:
+    """Of a number; None for what JAX does not compute with."""
+    if dtype.kind in "biufc":
+        is_of_c = dtype.type in (np.longdouble, np.clongdouble)
+        return None if is_of_c else 8 * dtype.itemsize
+    for info in (ml_dtypes.finfo, ml_dtypes.iinfo):
+        with contextlib.suppress(ValueError, TypeError):
+            return int(info(dtype).bits)
+    return None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Slab:
     """The bytes of one page in one layer under one name: an array `(page_size, *shape)` of `dtype`.
 
@@ -60,14 +100,14 @@ class Slab:
       layer: which layer, from 0.
       shape: the shape of one token: `(heads, dim)`, `(dim,)` or `()`. With two or more dimensions the first one is
         the `head` axis.
-      dtype: NumPy's name of the dtype, `"bfloat16"`, `"float8_e4m3fn"`, `"uint8"`, ... A dtype under one byte has
-        no address of its own: keep int4 as `"uint8"`, two to a byte.
+      dtype: `"bfloat16"`, `"float8_e4m3fn"`, `"uint8"`, ... or a dtype of NumPy or JAX; kept as NumPy's name. Numbers
+        that fill whole bytes, as many as NumPy gives them: keep int4 as `"uint8"`, two to a byte.
 
     Integers, here and everywhere: an int or anything with `__index__`, not a bool; kept as Python's int.
 
     Raises:
-      TypeError: `layer` or `shape` are not integers.
-      ValueError: they are not positive; a dtype under one byte.
+      TypeError: `layer` or `shape` are not integers, `name` is no string, `dtype` is no dtype of numbers.
+      ValueError: they are not positive; a number is not a few whole bytes, or in another byte order.
     """
 
     name: str
@@ -76,14 +116,18 @@ class Slab:
     dtype: str
 
     def __post_init__(self) -> None:
-        dtype = np.dtype(self.dtype)
-        if "int2" in dtype.name or "int4" in dtype.name or "float4" in dtype.name:
-            raise ValueError(f"dtype: {dtype.name} of slab {self.name!r} is under one byte; pass its bytes as uint8")
-        object.__setattr__(self, "dtype", dtype.name)
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: expected a string, got {self.name!r:.80} ({type(self.name).__name__})")
+        if isinstance(self.shape, str) or not isinstance(self.shape, Iterable):
+            raise TypeError(f"shape: expected the shape of a token, such as (8, 128), got {self.shape!r:.80}")
+        object.__setattr__(self, "dtype", _dtype_name(self.name, self.dtype))
         object.__setattr__(self, "layer", checked_int("layer", self.layer))
         object.__setattr__(self, "shape", tuple(checked_int("shape", n) for n in self.shape))
         if self.layer < 0 or any(n <= 0 for n in self.shape):
             raise ValueError(f"slab {self.name!r}: layer {self.layer} and shape {self.shape} must be positive")
+
+    def __repr__(self) -> str:
+        return f"Slab({self.name} of layer {self.layer}, {self.shape} {self.dtype})"
 
     @property
     def num_heads(self) -> int:
@@ -103,7 +147,7 @@ class Slab:
         return checked_int("num_tokens", num_tokens, 0) * self.num_heads * self.dim_bytes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PageSpec:
     """What a page is: `page_size` tokens of every slab.
 
@@ -137,7 +181,7 @@ class PageSpec:
         num_layers = checked_int("num_layers", num_layers, 1)
         return PageSpec(
             tuple(
-                Slab(name, layer, tuple(shape), np.dtype(dtype).name)
+                Slab(name, layer, tuple(shape), dtype)
                 for layer in range(num_layers)
                 for name, (shape, dtype) in slabs.items()
             ),
@@ -150,6 +194,19 @@ class PageSpec:
 
     def __hash__(self) -> int:  # a spec is a static argument of every jitted call
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is cached: a hash of strings is another one in every process."""
+        return {"slabs": self.slabs, "page_size": self.page_size}
+
+    def __repr__(self) -> str:
+        alike = collections.Counter(
+            tuple((s.name, s.shape, s.dtype) for s in self.slabs if s.layer == layer) for layer in self.layers
+        )
+        groups = [f"{count} layers of {_text_of_slabs(slabs)}" for slabs, count in alike.most_common(_MAX_KINDS)]
+        if len(alike) > _MAX_KINDS:
+            groups.append(f"{len(self.layers) - sum(n for _, n in alike.most_common(_MAX_KINDS))} other layers")
+        return f"PageSpec({self.page_size} tokens, {', '.join(groups)}, {self.payload_bytes:,} bytes)"
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def test_a_captured_step_runs_10000_times():
     on_host = rng.standard_normal((2, LAYERS, PAGES, 2, 2, 8)).astype(np.float32)
     gpu = jax.devices("gpu")[0]
     pool = DevicePool.wrap(
-        {n: [jax.device_put(content[i, x].copy(), gpu) for x in range(LAYERS)] for i, n in enumerate("kv")}
+        {n: [jax.device_put(content[i, x].copy(), gpu) for x in range(LAYERS)] for i, n in enumerate("kv")}, SPEC
     )
     host = HostPool.create(SPEC, PAGES, device=gpu)
     for page in range(PAGES):

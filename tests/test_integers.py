@@ -123,12 +123,6 @@ def mapping(num_bytes=100, **options):
     return list(Mapping.log)
 
 
-def wrapped(page_size):
-    if page_size is None:
-        return DevicePool.wrap({"k": [jnp.zeros((4, 3, 2, 8))]}).spec
-    return DevicePool.wrap({"k": [jnp.zeros((12, 2, 8))]}, "token_granular", page_size=page_size).spec
-
-
 def filled_host(layout="page_first", num_pages=6):
     host = HostPool.create(SPEC, num_pages, layout)
     flat = host.memories[0].view(writable=True)
@@ -259,7 +253,6 @@ DOORS = {
     "Layout.place(num_pages)": Door(lambda n: HOST_LAYOUTS["page_first"].place(SPEC, n)),
     "DevicePool(num_pages)": Door(lambda n: DevicePool({}, SPEC, DEVICE_LAYOUTS["stacked"], n).num_pages),
     "DevicePool.create(num_pages)": Door(lambda n: (pool := DevicePool.create(SPEC, n)).num_pages + 0 * len(str(pool))),
-    "DevicePool.wrap(page_size)": Door(wrapped, takes=(None,)),
     "HostPool(num_pages)": Door(lambda n: HostPool(None, SPEC, HOST_LAYOUTS["page_first"], n).num_pages),
     "HostPool.create(num_pages)": Door(
         lambda n: ((host := HostPool.create(SPEC, n)).num_pages, host.array.shape, host.memories[0].num_bytes)
@@ -444,8 +437,6 @@ def test_blocks_that_no_grid_has(op, number):
         ("HostMemory(num_threads)", 2**32 + 1),
         ("HostMemory.id_buffers(buffer_bytes)", 0),
         ("HostMemory.id_buffers(buffer_bytes)", np.uint64(2**63)),
-        ("DevicePool.wrap(page_size)", 0),
-        ("DevicePool.wrap(page_size)", np.int8(-4)),
         ("PageSpec.uniform(num_layers)", -1),
         ("Tuning(max_blocks)", np.int64(2**31)),
         ("Tuning(max_store_blocks_beside)", 2**63),
@@ -501,8 +492,8 @@ class Shaped:
 
 
 def test_shapes_made_of_numpys_ints():
-    pool = DevicePool.wrap({"k": [Shaped(2**20, 64, 2, 128)]})
-    assert repr(pool.num_pages) == "1048576" and repr(pool.spec.page_size) == "64"
+    pool = DevicePool.wrap({"k": [Shaped(2**20, 64, 2, 128)]}, PageSpec.uniform(64, 1, {"k": ((2, 128), "int8")}))
+    assert repr(pool.num_pages) == "1048576"
     assert pool.placement.array_bytes == (2**34,)
 
 

@@ -33,7 +33,7 @@ class Sharded:
         shape = (2, LAYERS, PAGES, 4, HEADS_PER_DEVICE * len(devices), 8)
         self.content = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         self.device = DevicePool.wrap(
-            {n: [jax.device_put(self.content[i, x], heads) for x in range(LAYERS)] for i, n in enumerate("kv")}
+            {n: [jax.device_put(self.content[i, x], heads) for x in range(LAYERS)] for i, n in enumerate("kv")}, SPEC
         )
         self.host = HostPool.create(self.device.spec, PAGES, device=self.mesh)
         specs = jax.tree.map(lambda a: a.sharding.spec, (self.device, self.host))
@@ -199,7 +199,7 @@ def test_a_failed_step_gives_no_record():
     closed.memories[1].close()  # not the pool, whose array JAX would refuse before the step
     heads = NamedSharding(mesh, PartitionSpec(None, None, "tp"))
     zeros = np.zeros((PAGES, 4, 2 * HEADS_PER_DEVICE, 8), np.float32)
-    device = DevicePool.wrap({n: [jax.device_put(zeros, heads) for _ in range(LAYERS)] for n in "kv"})
+    device = DevicePool.wrap({n: [jax.device_put(zeros, heads) for _ in range(LAYERS)] for n in "kv"}, SPEC)
     specs = jax.tree.map(lambda a: a.sharding.spec, (device, host))
     pages = np.array([0], np.int32)
 

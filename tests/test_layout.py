@@ -1,8 +1,12 @@
 """What the layouts promise, in numbers. That every offset is right, test_copy.py shows against its own oracle."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -114,8 +118,7 @@ def test_slabs_are_aligned_to_their_dtype():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Slab("k", 0, (8, 128), "int4"), "dtype: int4 of slab 'k' is under one byte"),
-        (lambda: Slab("k", 0, (8, 128), "float4_e2m1fn"), "under one byte"),
+        (lambda: Slab("k", 0, (8, 128), "int4"), "dtype: int4 of slab 'k' has 4 bits; pass its bytes as uint8"),
         (lambda: Slab("k", -1, (8,), "int8"), "layer -1"),
         (lambda: Slab("k", 0, (8, 0), "int8"), "must be positive"),
         (lambda: PageSpec((), 16), "needs tokens and slabs"),
@@ -136,3 +139,64 @@ def test_errors(make, match):
 
 def test_dtype_is_canonical():
     assert Slab("k", 0, (2,), np.float32) == Slab("k", 0, [2], "float32")
+
+
+NUMBERS = [name for name in ml_dtypes.__all__ if isinstance(getattr(ml_dtypes, name), type)]
+
+
+@pytest.mark.parametrize("name", [n for n in NUMBERS if n not in ("finfo", "iinfo")])
+def test_numbers_that_do_not_fill_their_bytes_are_refused(name):
+    """Whatever ml_dtypes has: NumPy gives all of them whole bytes, XLA some of them less."""
+    digits = "".join(c if c.isdigit() else " " for c in name).split()
+    num_bits = int(digits[0]) if digits else 0
+    if num_bits in (8, 16) and "complex" not in name:
+        assert Slab("k", 0, (8,), name).itemsize == num_bits // 8
+        assert Slab("k", 0, (8,), getattr(ml_dtypes, name)).dtype == name
+    else:
+        with pytest.raises(ValueError, match=f"dtype: {name} of slab 'k' has .* bits; pass its bytes as uint8"):
+            Slab("k", 0, (8,), name)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [None, object, "datetime64[s]", "timedelta64[s]", "S3", "U2", "V4", [("a", "i4")], np.longdouble, "fp8", 3, "", ()],
+)
+def test_what_is_no_number_is_refused(dtype):
+    for make in (lambda: Slab("k", 0, (8,), dtype), lambda: PageSpec.uniform(4, 2, {"k": ((8,), dtype)})):
+        with pytest.raises(
+            TypeError, match="dtype: expected numbers, such as 'bfloat16' or 'uint8', got .* for slab 'k'"
+        ):
+            make()
+
+
+def test_dtypes_of_numpy_and_jax_are_names():
+    for dtype in (jnp.bfloat16, np.dtype("bfloat16"), "bfloat16", jnp.dtype(jnp.bfloat16)):
+        assert Slab("k", 0, (8,), dtype) == Slab("k", 0, (8,), "bfloat16")
+    with pytest.raises(ValueError, match="dtype: expected numbers in this machine's byte order, got '>f4'"):
+        Slab("k", 0, (8,), ">f4")
+
+
+PICKLED = """
+import pickle, sys
+from jax_kvpool import HOST_LAYOUTS, PageSpec
+spec = PageSpec.uniform(4, 2, {"k": ((2, 8), "bfloat16")})
+if len(sys.argv) > 1:
+    other = pickle.loads(bytes.fromhex(sys.argv[1]))
+    assert {spec: 1}[other] == 1 and {other: 1}[spec] == 1 and hash(spec) == hash(other)
+hash(spec), spec.names, HOST_LAYOUTS["page_first"].place(spec, 3)
+print(pickle.dumps(spec).hex())
+"""
+
+
+def test_a_spec_that_was_pickled_is_the_same_in_another_process():
+    """A hash of strings is another one there."""
+
+    def run(*arguments):
+        program = [sys.executable, "-c", PICKLED, *arguments]
+        return subprocess.run(program, capture_output=True, text=True, timeout=120, check=True).stdout.strip()
+
+    run(run())
+    spec = PageSpec.uniform(4, 2, {"k": ((2, 8), "bfloat16")})
+    hash(spec)
+    for other in (copy.copy(spec), copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))):
+        assert other == spec and "_hash" not in vars(other) and hash(other) == hash(spec)

@@ -48,7 +48,7 @@ class Oracle:
         for page in range(HOST_PAGES):
             for (name, layer), slab in host.view(page, writable=True).items():
                 slab[...] = self.host[2 * layer + (name == "v"), page]
-        return DevicePool.wrap(arrays, layout), host
+        return DevicePool.wrap(arrays, SPEC, layout), host
 
     def check(self, pool, host):
         jax.block_until_ready(pool)

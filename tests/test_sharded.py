@@ -22,7 +22,8 @@ def pools(devices, rng):
     shape = (2, 3, PAGES, 4, HEADS_PER_DEVICE * len(devices), 8)
     content = rng.standard_normal(shape).astype(np.float32)
     arrays = {n: [jax.device_put(content[i, layer], heads) for layer in range(3)] for i, n in enumerate("kv")}
-    device = DevicePool.wrap(arrays)
+    spec = PageSpec.uniform(4, 3, dict.fromkeys("kv", ((HEADS_PER_DEVICE, 8), "float32")))
+    device = DevicePool.wrap(arrays, spec)
     host = HostPool.create(device.spec, 5, device=mesh)
     return mesh, content, device, host
 
@@ -87,8 +88,10 @@ def test_a_mesh_of_two_axes(devices, shape, mover):
     num_dp, num_tp = mesh.devices.shape
     content = np.random.default_rng(0).standard_normal((num_dp, 3, 4, num_tp, HEADS_PER_DEVICE, 8)).astype(np.float32)
     arrays = content.reshape(num_dp * 3, 4, num_tp * HEADS_PER_DEVICE, 8)
-    device = DevicePool.wrap({"k": [jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("dp", None, "tp")))]})
-    assert device.num_pages == 3 and device.spec.slabs[0].shape == (HEADS_PER_DEVICE, 8)
+    spec = PageSpec.uniform(4, 1, {"k": ((HEADS_PER_DEVICE, 8), "float32")})
+    sharding = NamedSharding(mesh, PartitionSpec("dp", None, "tp"))
+    device = DevicePool.wrap({"k": [jax.device_put(arrays, sharding)]}, spec)
+    assert device.num_pages == 3
     host = HostPool.create(device.spec, 2, device=mesh)
 
     def step(device, host, source, host_page, target):
@@ -133,7 +136,8 @@ def test_a_replicated_pool_over_different_host_pools_is_refused(op):
     """What a load makes of it would be taken for equal on all devices."""
     mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("tp",))
     replicated = NamedSharding(mesh, PartitionSpec())
-    device = DevicePool.wrap({"k": [jax.device_put(np.ones((PAGES, 4, 2, 8), np.float32), replicated)]})
+    spec = PageSpec.uniform(4, 1, {"k": ((2, 8), "float32")})
+    device = DevicePool.wrap({"k": [jax.device_put(np.ones((PAGES, 4, 2, 8), np.float32), replicated)]}, spec)
     host = HostPool.create(device.spec, 5, device=mesh)
     ids = np.array([1], np.int32)
     specs = PartitionSpec(), jax.tree.map(lambda a: a.sharding.spec, host)
