@@ -21,8 +21,12 @@ constexpr int64_t kStripeBytes = int64_t{32} << 20;
 
 std::atomic<bool> leave_to_exit{false};
 std::atomic<int> num_retiring{0};  // threads that unmap
-// A forked process has none of them, and must not wait for them at its end.
-[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { num_retiring = 0; });
+[[maybe_unused]] const int at_fork =
+    pthread_atfork([] { BookkeepingMutex().lock(); }, [] { BookkeepingMutex().unlock(); },
+                   [] {
+                     BookkeepingMutex().unlock();
+                     num_retiring = 0;  // the new process has none of them, and must not wait for them at its end
+                   });
 
 [[noreturn]] void ThrowErrno(int error, const char* what) {
   throw std::system_error(error, std::generic_category(), what);
@@ -73,6 +77,11 @@ void Retire(HostMemory* memory) {
 }
 
 }  // namespace
+
+std::mutex& BookkeepingMutex() {
+  static auto* const mutex = new std::mutex;
+  return *mutex;
+}
 
 LiveMemory& GetLiveMemory() {
   static LiveMemory* const live = new LiveMemory;

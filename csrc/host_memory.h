@@ -19,6 +19,10 @@
 
 namespace kvpool {
 
+// Of what is known of memories and their buffers. One for all, so that a fork takes it: otherwise a thread that the new
+// process has not might hold it there for ever.
+std::mutex& BookkeepingMutex();
+
 // The memory that handlers may use: from Map to Close. It is asked on every call and owns nothing. One a process;
 // the modules share it, so it is header-only.
 class LiveMemory {
@@ -58,7 +62,7 @@ class LiveMemory {
     std::shared_ptr<const Pieces> pieces;
   };
 
-  mutable std::mutex mutex_;
+  std::mutex& mutex_ = BookkeepingMutex();
   std::map<const void*, Memory> memories_;  // by the first byte
 };
 

@@ -38,7 +38,7 @@ class IdBuffers : public std::enable_shared_from_this<IdBuffers> {
  private:
   std::shared_ptr<HostMemory> memory_;
   int64_t buffer_bytes_;
-  std::mutex mutex_;
+  std::mutex& mutex_ = BookkeepingMutex();
   std::vector<char*> free_;
 };
 

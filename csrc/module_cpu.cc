@@ -19,6 +19,7 @@
 #include "ffi_cpu.h"
 #include "host_memory.h"
 #include "id_buffers.h"
+#include "released_gil.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;
@@ -118,7 +119,7 @@ void Close(PyHostMemory& self) {
   const std::shared_ptr<HostMemory> memory = std::move(self.memory);
   self.memory = nullptr;
   memory->Close();
-  const nb::gil_scoped_release release;
+  const ReleasedGil released;
   if (memory.use_count() == 1) memory->Unmap();
 }
 
@@ -209,7 +210,7 @@ NB_MODULE(_cpu, m) {
                                               handler("jax_kvpool_wait", KvPoolWaitCpu)};
   });
   m.def("live_memory", [] { return nb::capsule(&GetLiveMemory(), "jax_kvpool.LiveMemory"); });
-  m.def("leave_to_exit", &HostMemory::LeaveToExit, nb::call_guard<nb::gil_scoped_release>());
+  m.def("leave_to_exit", &HostMemory::LeaveToExit, nb::call_guard<ReleasedGil>());
 
   nb::enum_<HugePages>(m, "HugePages")
       .value("NONE", HugePages::kNone)
@@ -230,7 +231,7 @@ NB_MODULE(_cpu, m) {
           [](const PyHostMemory& self, int64_t begin, int64_t end, int num_threads) {
             self.Get()->Populate(begin, end, num_threads);
           },
-          "begin"_a, "end"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>())
+          "begin"_a, "end"_a, "num_threads"_a, nb::call_guard<ReleasedGil>())
       .def("keep_from_forks", [](const PyHostMemory& self) { self.Get()->KeepFromForks(); })
       .def("handle", [](const PyHostMemory& self) { return nb::capsule(self.Get().get(), "jax_kvpool.HostMemory"); })
       .def("view", &View)

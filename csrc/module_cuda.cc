@@ -14,6 +14,7 @@
 #include "copy_cuda.h"
 #include "ffi_cuda.h"
 #include "host_memory.h"
+#include "released_gil.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -63,7 +64,7 @@ void PinMemory(const nb::capsule& handle, int64_t begin, int64_t end, int device
   if (begin < 0 || end > memory->bytes() || !memory->pieces().Contains(memory->data() + begin, memory->data() + end)) {
     throw std::invalid_argument("pin: [" + std::to_string(begin) + ", " + std::to_string(end) + ") is not a piece");
   }
-  const nb::gil_scoped_release release;
+  const ReleasedGil released;
   const CurrentDevice current(device);
   int same_address = 0;
   Check(cudaDeviceGetAttribute(&same_address, cudaDevAttrCanUseHostPointerForRegisteredMem, device),
@@ -121,7 +122,7 @@ NB_MODULE(_cuda, m) {
   m.def(
       "abandon_flights",
       [](intptr_t address, int64_t num_bytes) { AbandonFlights(reinterpret_cast<void*>(address), num_bytes); },
-      "address"_a, "num_bytes"_a, nb::call_guard<nb::gil_scoped_release>());
+      "address"_a, "num_bytes"_a, nb::call_guard<ReleasedGil>());
   m.def("num_flights", &NumFlights);
   m.def("num_handler_calls", &NumHandlerCalls);
 }

@@ -8,6 +8,7 @@
 
 #include "file_queue.h"
 #include "record_file.h"
+#include "released_gil.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -37,7 +38,7 @@ FileQueue::Done Next(FileQueue& queue) {
   FileQueue::Done done;
   while (true) {
     {
-      const nb::gil_scoped_release release;
+      const ReleasedGil released;
       if (queue.Take(done, kPatience)) return done;
     }
     if (queue.IsEmpty()) throw nb::stop_iteration();
@@ -55,14 +56,14 @@ NB_MODULE(_files, m) {
       "is_cached",
       [](const nb::str& path) {
         const std::string file = Path(path);
-        const nb::gil_scoped_release release;
+        const ReleasedGil released;
         return IsCached(file);
       },
       "path"_a);
 
   nb::class_<PyOpenFile>(m, "OpenFile")
       .def_prop_ro("descriptor", [](const PyOpenFile& self) { return self.file->descriptor(); })
-      .def("close", [](const PyOpenFile& self) { self.file->Close(); }, nb::call_guard<nb::gil_scoped_release>());
+      .def("close", [](const PyOpenFile& self) { self.file->Close(); }, nb::call_guard<ReleasedGil>());
 
   nb::class_<FileQueue::Done>(m, "Done")
       .def_ro("index", &FileQueue::Done::index)
@@ -118,5 +119,5 @@ NB_MODULE(_files, m) {
       .def(
           "__iter__", [](nb::handle self) { return nb::borrow(self); }, nb::sig("def __iter__(self) -> FileQueue"))
       .def("__next__", &Next)
-      .def("close", &FileQueue::Close, nb::call_guard<nb::gil_scoped_release>());
+      .def("close", &FileQueue::Close, nb::call_guard<ReleasedGil>());
 }

@@ -72,7 +72,10 @@ int SyncDirectory(const std::string& directory_path) {
 }  // namespace
 
 void OpenFile::Close() {
-  if (const int descriptor = descriptor_.exchange(-1); descriptor >= 0) close(descriptor);
+  const int descriptor = descriptor_.exchange(-1);
+  if (descriptor < 0) return;
+  flock(descriptor, LOCK_UN);  // a process that was forked meanwhile has the file open, too, and would keep it locked
+  close(descriptor);
 }
 
 FileResult StatRecord(const std::string& path) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from typing import Final
 
@@ -54,6 +55,15 @@ def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -
 
 
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread that the new process has not may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 _memories: dict[tuple[int | None, int], list[_cpu.IdBuffers]] = {}
 """By CUDA device and bytes of a buffer. More are added when all buffers are taken, and kept."""
 

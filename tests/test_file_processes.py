@@ -95,3 +95,41 @@ def test_a_writer_that_dies_at_any_moment(tmp_path):
                 if seed % 4 == 3:
                     assert store.clear().outcome is REMOVED
     assert num_left > 20 and num_found > 200  # the moments were the interesting ones
+
+
+def forks_beside_puts(directory):
+    """Forks processes that live on while a thread puts; each has open what the thread had open then."""
+    children = []
+    with FileStore(BIG, directory, max_bytes=4 * BIG.record_bytes) as store:
+        is_over = threading.Event()
+
+        def put_meanwhile():
+            while not is_over.is_set():
+                store.put([page_hash(0)], [big_record(0)])
+                store.remove([page_hash(0)])
+
+        thread = threading.Thread(target=put_meanwhile)
+        thread.start()
+        try:
+            for _ in range(60):
+                if not (pid := os.fork()):
+                    signal.pause()
+                children.append(pid)
+            is_over.set()
+            thread.join()
+            # Nothing that they keep is in the way of a put, nor counts as being written.
+            assert outcomes(store.put([page_hash(1)], [big_record(1)])) == [STORED]
+            assert not temporaries(store.directory)
+            with FileStore(BIG, directory, max_bytes=BIG.record_bytes) as other:
+                assert outcomes(other.put([page_hash(2)], [big_record(2)])) == [STORED]
+        finally:
+            is_over.set()
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def test_a_fork_keeps_no_lock(tmp_path):
+    with process_of("test_file_processes") as process:
+        start(process, "forks_beside_puts", tmp_path)
+        assert status(process) == 0

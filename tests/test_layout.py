@@ -163,9 +163,7 @@ def test_numbers_that_do_not_fill_their_bytes_are_refused(name):
 )
 def test_what_is_no_number_is_refused(dtype):
     for make in (lambda: Slab("k", 0, (8,), dtype), lambda: PageSpec.uniform(4, 2, {"k": ((8,), dtype)})):
-        with pytest.raises(
-            TypeError, match="dtype: expected numbers, such as 'bfloat16' or 'uint8', got .* for slab 'k'"
-        ):
+        with pytest.raises(TypeError, match="dtype: expected numbers, such as 'bfloat16' or 'uint8', got"):
             make()
 
 

@@ -130,7 +130,7 @@ def clean(directory: str) -> dict[int, int]:
         except FileNotFoundError:
             pass
         finally:
-            os.close(fd)
+            _unlock_and_close(fd)
     return sizes
 
 
@@ -140,6 +140,14 @@ def _try_lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _unlock_and_close(fd: int) -> None:
+    """A process that was forked meanwhile has the file open, too, and would keep it locked as long as it lives."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
 
 
 class Limit:
@@ -244,6 +252,6 @@ class Limit:
                     if is_known or self._oldest is not None:
                         os.pwrite(fd, _USAGE.pack(*usage), 0)
             finally:
-                os.close(fd)
+                _unlock_and_close(fd)
         finally:
             self._mutex.release()
