@@ -112,25 +112,26 @@ class DevicePool:
     def placement(self) -> Placement:
         return self.layout.place(self.spec, self.num_pages)
 
-    def flat_arrays(self) -> list[jax.Array]:
+    def flat_arrays(self, name: str = "arrays") -> list[jax.Array]:
         """The arrays in the order of `placement.array_keys`.
 
-        Raises `ValueError` if one has not the shape and dtype that spec and layout ask for.
+        `name`: of the arrays where they were given, for errors. Raises `ValueError` if one has not the shape and dtype
+        that spec and layout ask for.
         """
         leaves, structure = jax.tree.flatten(self.arrays)
         places = dict(_places(structure, self.layout, self.arrays))
         types = _array_types(self.spec, self.layout, self.num_pages)
         if places.keys() != types.keys():
             raise ValueError(
-                f"arrays: expected {_expected_structure(self.spec, self.layout)}, "
-                f"got {_difference(places.keys(), types.keys(), self.layout)}"
+                f"{name}: expected {_expected_structure(self.spec, self.layout)}, "
+                f"got {_difference(places.keys(), types.keys())}"
             )
         arrays = [leaves[places[key]] for key in types]
         for array, (key, (shape, dtype)) in zip(arrays, types.items(), strict=True):
             if not _is_quickly(array, shape, dtype):
-                found = _local_shape(array, key, self.layout)
+                found = _local_shape(array, name + _place(key))
                 if found != shape or array.dtype != dtype:
-                    raise ValueError(_misfit(array, key, found, self))
+                    raise ValueError(name + _misfit(array, key, found, self))
         return arrays
 
     def with_flat_arrays(self, arrays: Sequence[jax.Array]) -> Self:
@@ -203,18 +204,18 @@ def _is_quickly(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> boo
     return bool(array.shape == shape and array.dtype == dtype)
 
 
-def _local_shape(array: Any, key: Key, layout: Layout) -> tuple[int, ...]:
+def _local_shape(array: Any, name: str) -> tuple[int, ...]:
     """The shape that one device sees: inside shard_map the traced shape, outside the shard's."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise TypeError(f"{_name(key, layout)}: expected an array, got {array!r:.80} ({type(array).__name__})")
+        raise TypeError(f"{name}: expected an array, got {array!r:.80} ({type(array).__name__})")
     sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
     return tuple(array.shape if sharding is None else sharding.shard_shape(array.shape))
 
 
-def _name(key: Key, layout: Layout) -> str:
-    """`arrays['k'][3]`."""
+def _place(key: Key) -> str:
+    """`['k'][3]`."""
     layer, name = key
-    return "arrays" + ("" if name is None else f"[{name!r}]") + ("" if layer is None else f"[{layer}]")
+    return ("" if name is None else f"[{name!r}]") + ("" if layer is None else f"[{layer}]")
 
 
 def _text(array: Any) -> str:
@@ -239,11 +240,11 @@ def _expected_structure(spec: PageSpec, layout: Layout) -> str:
     return "{" + ", ".join(f"{name!r}: {part}" for name in spec.names) + "}"
 
 
-def _difference(found: Set[Key], expected: Set[Key], layout: Layout) -> str:
+def _difference(found: Set[Key], expected: Set[Key]) -> str:
     """Which arrays are missing, and which are there for nothing."""
     parts = []
     for what, keys in (("without", expected - found), ("with", found - expected)):
-        names = [_name(key, layout) for key in sorted(keys, key=str)]
+        names = ["arrays" + _place(key) for key in sorted(keys, key=str)]
         if names:
             parts.append(f"arrays {what} {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3))
     return " and ".join(parts)
@@ -256,11 +257,11 @@ def _page_axis(ndim: int, slab: Slab, layout: Layout) -> int:
 
 def _num_pages(array: Any, key: Key, spec: PageSpec, layout: Layout) -> int:
     """The number of pages that an array has room for."""
-    shape = _local_shape(array, key, layout)
+    shape = _local_shape(array, "arrays" + _place(key))
     layer, name = key
     slabs = [s for s in spec.slabs if layer in (None, s.layer) and name in (None, s.name)]
     if not slabs:
-        raise ValueError(f"{_name(key, layout)}: the spec has no such slab: {spec}")
+        raise ValueError(f"arrays{_place(key)}: the spec has no such slab: {spec}")
     at = _page_axis(len(shape), slabs[0], layout)
     tokens = spec.page_size if layout.merges_tokens else 1
     fits = len(shape) > at and shape[at] > 0 and shape[at] % tokens == 0
@@ -269,10 +270,10 @@ def _num_pages(array: Any, key: Key, spec: PageSpec, layout: Layout) -> int:
 
 
 def _misfit(array: Any, key: Key, found: tuple[int, ...], pool: DevicePool) -> str:
-    """Why an array is none of this pool's: what was expected, what it looks like."""
+    """Why an array is none of this pool's: its place, what was expected, what it looks like."""
     spec, layout = pool.spec, pool.layout
     shape, dtype = _array_types(spec, layout, pool.num_pages)[key]
-    what = f"{_name(key, layout)}: expected {dtype}{list(shape)} for {pool.num_pages} pages of {spec.page_size} tokens"
+    what = f"{_place(key)}: expected {dtype}{list(shape)} for {pool.num_pages} pages of {spec.page_size} tokens"
     what += f" in the layout {' '.join(layout.order)}, got {array.dtype}{list(found)}"
     if tuple(array.shape) != found:
         what += f" (the shard of {list(array.shape)})"

@@ -224,11 +224,16 @@ ONE = np.zeros(1, np.int32)
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda p, h: load(p, HostPool.create(OTHER, 3), ONE, ONE), ValueError, "host: its PageSpec differs.*name='v'"),
+        (
+            lambda p, h: load(p, HostPool.create(OTHER, 3), ONE, ONE),
+            ValueError,
+            r"host: its PageSpec differs.*'v' of 3 layers, 0 to 2, is bfloat16\[2, 8\] on the device, "
+            r"float16\[2, 8\] on the host$",
+        ),
         (
             lambda p, h: load(p, HostPool.create(oracle.SPECS["gqa"](8), 3), ONE, ONE),
             ValueError,
-            "page_size 4 on the device, 8",
+            "pages have 4 tokens on the device, 8 on the host",
         ),
         (
             lambda p, h: load(p, h, ONE, np.zeros(2, np.int32)),
@@ -258,12 +263,12 @@ ONE = np.zeros(1, np.int32)
         (
             lambda p, h: load(DevicePool({"k": p.arrays["k"]}, p.spec, p.layout, p.num_pages), h, ONE, ONE),
             ValueError,
-            "device: arrays .* expected",
+            r"device.arrays: expected \{.*\}, got arrays without arrays\['v'\]\[0\]",
         ),
         (
             lambda p, h: load(DevicePool(p.arrays, p.spec, p.layout, 5), h, ONE, ONE),
             ValueError,
-            r"device: array .* must be bfloat16\[5, 4, 2, 8\], got bfloat16\[11, 4, 2, 8\]",
+            r"device.arrays\['k'\]\[0\]: expected bfloat16\[5, 4, 2, 8\] .*got bfloat16\[11, 4, 2, 8\]",
         ),
         (
             lambda p, h: load(p, HostPool(h.array[:2], h.spec, h.layout, h.num_pages), ONE, ONE),
