@@ -8,6 +8,7 @@ from jax_kvpool.allocator import OutOfPagesError, PageAllocator, StalePageError 
 from jax_kvpool.calibration import calibrate  # noqa: E402
 from jax_kvpool.device_pool import DevicePool  # noqa: E402
 from jax_kvpool.host_pool import HostPool  # noqa: E402
+from jax_kvpool.id_arrays import HostIds  # noqa: E402
 from jax_kvpool.layout import (  # noqa: E402
     DEVICE_LAYOUTS,
     HOST_LAYOUTS,
@@ -30,6 +31,7 @@ __all__ = [
     "RECORD_ALIGNMENT",
     "RECORD_TRAILER_BYTES",
     "DevicePool",
+    "HostIds",
     "HostMemory",
     "HostPool",
     "Layout",

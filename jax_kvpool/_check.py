@@ -1,25 +1,72 @@
-"""Integers that come in through a public door: Python ints from there on, or refused by name.
+"""What comes in through a public door: of the kind that is wanted, or refused by name.
 
-NumPy's integers compute in their own type: `np.int32(1099) * 4194304` is the address of another page. And they are
-equal to Python's, as `True` is to 1, so one that is kept in a cache is found again by who asks with a Python int.
+Integers are Python ints from there on. NumPy's compute in their own type: `np.int32(1099) * 4194304` is the address of
+another page. And they are equal to Python's, as `True` is to 1, so one that is kept in a cache is found again by who
+asks with a Python int.
 """
 
 from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_INT32", "checked_int", "checked_seconds", "int_array", "is_within"]
+__all__ = [
+    "MAX_INT32",
+    "checked_int",
+    "checked_kind",
+    "checked_seconds",
+    "int_array",
+    "is_staging",
+    "is_within",
+    "shown",
+    "structure",
+]
 
 MAX_INT32: Final = 2**31 - 1
 
 _PLAIN: Final = {int, *(np.dtype(code).type for code in np.typecodes["AllInteger"])}
+
+
+T = TypeVar("T")
+
+
+def checked_kind(name: str, value: T, kind: type, cure: str) -> T:
+    """`value` if it is a `kind`. Raises `TypeError`, with the argument's `name` and the `cure`, if not."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {shown(value)}; {cure}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """What a user gave, for an error: of arrays, which may be large and on a GPU, only shape and dtype."""
+    if isinstance(value, jax.core.Tracer):
+        return f"a traced {value.dtype}{list(value.shape)}"
+    if isinstance(getattr(value, "shape", None), tuple) and value.shape and hasattr(value, "dtype"):
+        return f"an array {value.dtype}{list(value.shape)} ({type(value).__name__})"
+    if isinstance(value, Mapping | list | tuple) and any(hasattr(a, "shape") for a in jax.tree.leaves(value)):
+        return structure(value)
+    return f"{value!r:.80} ({type(value).__name__})"
+
+
+def structure(value: Any) -> str:
+    """Of a tree of arrays, in a line: `{'k': a list of 3, 'v': an array}`."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {structure(part)}" for name, part in [*value.items()][:8]) + "}"
+    if isinstance(value, list | tuple):
+        missing = sum(part is None for part in value)
+        return f"a {type(value).__name__} of {len(value)}" + (f", {missing} of them None" if missing else "")
+    return "an array" if hasattr(value, "shape") else type(value).__name__
+
+
+def is_staging() -> bool:
+    """Whether everything is being traced into a program (jit, scan, ...), not only what vmap or grad look at."""
+    return isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
 
 def checked_int(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
@@ -103,12 +150,13 @@ def _expected(minimum: int | None, maximum: int | None) -> str:
 
 
 def _shown(value: Any) -> str:
+    """What was given instead of an integer."""
     if isinstance(value, jax.core.Tracer):
         return (
-            f"a traced {value.dtype}{list(value.shape)}, whose value is not known when tracing: compute it outside of "
-            "the jitted function, or make it a static argument"
+            f"{shown(value)}, whose value is not known when tracing: compute it outside of the jitted function, or "
+            "make it a static argument"
         )
-    return f"{value!r:.80} ({type(value).__name__})"
+    return shown(value)
 
 
 def _type_of(values: Sequence[Any]) -> str:

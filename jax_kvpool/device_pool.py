@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpool._check import MAX_INT32, checked_int
-from jax_kvpool.layout import DEVICE_LAYOUTS, Layout, PageSpec, Placement, Slab, named_layout
+from jax_kvpool._check import MAX_INT32, checked_int, shown, structure
+from jax_kvpool.layout import DEVICE_LAYOUTS, Layout, PageSpec, Placement, Slab, check_spec, named_layout
 
 __all__ = ["DevicePool"]
 
@@ -58,12 +58,12 @@ class DevicePool:
           ValueError: an array has another shape or dtype, or another number of pages than the others.
         """
         layout = device_layout(layout)
-        checked_spec(spec)
-        leaves, structure = jax.tree.flatten(arrays)
+        check_spec(spec)
+        leaves, tree = jax.tree.flatten(arrays)
         if not leaves:
             raise TypeError(f"arrays: expected {_expected_structure(spec, layout)}, got no array")
         # The first array says how many pages there are; whether it is right otherwise is seen with all others.
-        key, index = _places(structure, layout, arrays)[0]
+        key, index = _places(tree, layout, arrays)[0]
         pool = cls(arrays, spec, layout, _num_pages(leaves[index], key, spec, layout))
         pool.flat_arrays()
         return pool
@@ -83,10 +83,11 @@ class DevicePool:
         device holds, as everywhere, and the arrays are as much larger as the sharding splits them.
         """
         layout = device_layout(layout)
+        check_spec(spec)
         num_pages = checked_int("num_pages", num_pages, 1, MAX_INT32)
         flat = {
             key: jnp.zeros(_global_shape(shape, device), dtype, device=device)
-            for key, (shape, dtype) in _array_types(checked_spec(spec), layout, num_pages).items()
+            for key, (shape, dtype) in _array_types(spec, layout, num_pages).items()
         }
         return cls(_nested(flat, layout, spec), spec, layout, num_pages)
 
@@ -95,12 +96,11 @@ class DevicePool:
 
         Raises `ValueError` unless they have the structure, shapes and dtypes of the old ones.
         """
-        new, structure = jax.tree.flatten(arrays)
+        new, found = jax.tree.flatten(arrays)
         old, expected = jax.tree.flatten(self.arrays)
-        if structure != expected:  # type: ignore[operator]
+        if found != expected:  # type: ignore[operator]
             raise ValueError(
-                f"arrays: expected the structure of the old ones, {_text_of_structure(self.arrays)}, "
-                f"got {_text_of_structure(arrays)}"
+                f"arrays: expected the structure of the old ones, {structure(self.arrays)}, got {structure(arrays)}"
             )
         for index, (before, after) in enumerate(zip(old, new, strict=True)):
             if before is not after and (before.shape != after.shape or before.dtype != after.dtype):
@@ -118,8 +118,8 @@ class DevicePool:
         `name`: of the arrays where they were given, for errors. Raises `ValueError` if one has not the shape and dtype
         that spec and layout ask for.
         """
-        leaves, structure = jax.tree.flatten(self.arrays)
-        places = dict(_places(structure, self.layout, self.arrays))
+        leaves, tree = jax.tree.flatten(self.arrays)
+        places = dict(_places(tree, self.layout, self.arrays))
         types = _array_types(self.spec, self.layout, self.num_pages)
         if places.keys() != types.keys():
             raise ValueError(
@@ -136,12 +136,12 @@ class DevicePool:
 
     def with_flat_arrays(self, arrays: Sequence[jax.Array]) -> Self:
         """The inverse of `flat_arrays`: the same pool, of the same structure, over these arrays."""
-        leaves, structure = jax.tree.flatten(self.arrays)
-        places = dict(_places(structure, self.layout, self.arrays))
+        leaves, tree = jax.tree.flatten(self.arrays)
+        places = dict(_places(tree, self.layout, self.arrays))
         types = _array_types(self.spec, self.layout, self.num_pages)
         for key, array in zip(types, arrays, strict=True):
             leaves[places[key]] = array
-        return type(self)(jax.tree.unflatten(structure, leaves), self.spec, self.layout, self.num_pages)
+        return type(self)(jax.tree.unflatten(tree, leaves), self.spec, self.layout, self.num_pages)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         return ((jax.tree_util.GetAttrKey("arrays"), self.arrays),), (self.spec, self.layout, self.num_pages)
@@ -168,13 +168,6 @@ def device_layout(layout: Layout | str) -> Layout:
             "records of a host pool: expected one of arrays without padding, such as layer kv page token head"
         )
     return layout
-
-
-def checked_spec(spec: Any) -> PageSpec:
-    """Raises `TypeError` for what is none."""
-    if not isinstance(spec, PageSpec):
-        raise TypeError(f"spec: expected a PageSpec, got {spec!r:.80} ({type(spec).__name__})")
-    return spec
 
 
 def where(arrays: Sequence[Any]) -> str:
@@ -206,8 +199,10 @@ def _is_quickly(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> boo
 
 def _local_shape(array: Any, name: str) -> tuple[int, ...]:
     """The shape that one device sees: inside shard_map the traced shape, outside the shard's."""
+    if isinstance(array, np.ndarray):
+        raise TypeError(f"{name}: expected an array of JAX, got {shown(array)}; jax.device_put makes one")
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise TypeError(f"{name}: expected an array, got {array!r:.80} ({type(array).__name__})")
+        raise TypeError(f"{name}: expected an array, got {shown(array)}")
     sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
     return tuple(array.shape if sharding is None else sharding.shard_shape(array.shape))
 
@@ -220,16 +215,6 @@ def _place(key: Key) -> str:
 
 def _text(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
-
-
-def _text_of_structure(arrays: Any) -> str:
-    """Of any tree, in a line."""
-    if isinstance(arrays, Mapping):
-        return "{" + ", ".join(f"{name!r}: {_text_of_structure(part)}" for name, part in [*arrays.items()][:8]) + "}"
-    if isinstance(arrays, list | tuple):
-        missing = sum(part is None for part in arrays)
-        return f"a {type(arrays).__name__} of {len(arrays)}" + (f", {missing} of them None" if missing else "")
-    return type(arrays).__name__ if not hasattr(arrays, "shape") else "an array"
 
 
 def _expected_structure(spec: PageSpec, layout: Layout) -> str:
@@ -322,14 +307,14 @@ def _global_shape(shape: tuple[int, ...], device: Any) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_places(structure: Any, layout: Layout) -> tuple[tuple[Key, int], ...]:
-    return tuple(_keyed(jax.tree.unflatten(structure, range(structure.num_leaves)), layout).items())
+def _cached_places(tree: Any, layout: Layout) -> tuple[tuple[Key, int], ...]:
+    return tuple(_keyed(jax.tree.unflatten(tree, range(tree.num_leaves)), layout).items())
 
 
-def _places(structure: Any, layout: Layout, arrays: Any) -> tuple[tuple[Key, int], ...]:
+def _places(tree: Any, layout: Layout, arrays: Any) -> tuple[tuple[Key, int], ...]:
     """Which leaf of the tree is which array. Raises `TypeError` for another structure than the layout's."""
     try:
-        return _cached_places(structure, layout)
+        return _cached_places(tree, layout)
     except TypeError:
         _keyed(arrays, layout)  # says what is there, and not that leaves are numbers
         raise

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_kvpool._check import MAX_INT32, checked_int
+from jax_kvpool._check import MAX_INT32, checked_int, shown
 from jax_kvpool.device_pool import where
 from jax_kvpool.layout import HOST_LAYOUTS, Layout, PageSpec, Placement, named_layout
 from jax_kvpool.memory import PIECE_BYTES, DlpackExport, HostMemory, PoolBytes
@@ -48,6 +50,7 @@ class HostPool:
         self.memories = memories
         for memory in memories:
             memory.is_of_pool = True
+            memory.close_pool = weakref.WeakMethod(self.close)
 
     @classmethod
     def create(
@@ -151,7 +154,7 @@ class HostPool:
           jax.errors.JaxRuntimeError: the step failed.
         """
         if not isinstance(pages, Sequence | np.ndarray) or isinstance(pages, str) or getattr(pages, "ndim", 1) != 1:
-            raise TypeError(f"pages: expected a sequence of page ids, got {pages!r:.80}")
+            raise TypeError(f"pages: expected a sequence of page ids, got {shown(pages)}")
         records = [self.unchecked_record(page, index, shard=shard) for page in pages]
         for output in self._outputs(after):
             output.block_until_ready()
@@ -190,7 +193,7 @@ class HostPool:
     def close(self) -> None:
         """Deletes `array` and closes the memories: they are unmapped when no view looks at them and the steps that were
         dispatched before have finished. A later step raises before it starts. Waits for copies that a failed step has
-        left behind; a step that another thread is dispatching fails. Idempotent.
+        left behind; a step that another thread is dispatching fails. Idempotent. `with` does it at the end.
         """
         if self.memories and not self.array.is_deleted():
             self.array.delete()
@@ -206,7 +209,7 @@ class HostPool:
                 raise TypeError(f"{name}: expected an output of a step, got a tracer: call landed outside of jit")
             if not isinstance(leaf, jax.Array):
                 raise TypeError(
-                    f"{name}: expected a jax.Array, an output of the step that stored the pages, got {leaf!r:.80}"
+                    f"{name}: expected a jax.Array, an output of the step that stored the pages, got {shown(leaf)}"
                 )
             if leaf is self.array:
                 raise ValueError(
@@ -220,7 +223,7 @@ class HostPool:
             outputs.append(leaf)
             devices |= leaf.sharding.addressable_devices
         if not outputs:
-            raise ValueError(f"after: expected outputs of the step that stored the pages, got {after!r:.80}")
+            raise ValueError(f"after: expected outputs of the step that stored the pages, got {shown(after)}")
         if missing := self.array.sharding.addressable_devices - devices:
             names = ", ".join(sorted(map(str, missing)))
             raise ValueError(
@@ -242,7 +245,28 @@ class HostPool:
             raise IndexError(f"shard: expected 0 to {len(self.memories) - 1}, got {shard}")
         return self.memories[shard]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def _is_closed(self) -> bool:
+        return any(memory.is_closed for memory in self.memories)
+
+    def check_open(self) -> None:
+        """Raises `ValueError` if no step can use the pool any more."""
+        if self.memories and self.array.is_deleted():
+            raise ValueError(
+                "host: expected an open HostPool, got one that is closed"
+                if self._is_closed
+                else "host: expected a HostPool with its array, got one that was donated to a jitted function, which "
+                "deleted the array: create a new one, and pass it as a plain argument"
+            )
+
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        self.check_open()  # here, since JAX flattens the arguments of a jitted function before it looks at the arrays
         return ((jax.tree_util.GetAttrKey("array"), self.array),), (self.spec, self.layout, self.num_pages)
 
     @classmethod
@@ -253,7 +277,8 @@ class HostPool:
         placement = self.placement
         return (
             f"HostPool({self.num_pages} pages of {self.spec}, {placement.page_bytes:,} bytes each with padding, "
-            f"{sum(placement.array_bytes):,} bytes, {' '.join(self.layout.order)}, {where([self.array])})"
+            f"{sum(placement.array_bytes):,} bytes, {' '.join(self.layout.order)}, "
+            f"{'closed' if self._is_closed else where([self.array])})"
         )
 
 

@@ -25,7 +25,7 @@ from typing import Any, Final
 import ml_dtypes  # also teaches NumPy the names bfloat16, float8_e4m3fn, ...
 import numpy as np
 
-from jax_kvpool._check import MAX_INT32, checked_int
+from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, shown
 
 __all__ = [
     "DEVICE_LAYOUTS",
@@ -38,6 +38,7 @@ __all__ = [
     "Record",
     "Slab",
     "SlabPlace",
+    "check_spec",
     "fingerprint",
     "named_layout",
 ]
@@ -56,6 +57,8 @@ _AXES: Final = ("layer", "kv", "page", "token", "head")
 _MAX_KINDS: Final = 3
 """Of layers, of which a repr tells."""
 
+_MAKES_A_SPEC: Final = "PageSpec.uniform(page_size, num_layers, {'k': ((heads, dim), dtype), ...}) makes a PageSpec"
+
 
 def _text_of_slabs(slabs: Iterable[tuple[str, tuple[int, ...], str]]) -> str:
     """`k, v (8, 128) bfloat16`."""
@@ -72,7 +75,7 @@ def _dtype_name(slab: str, dtype: Any) -> str:
     except TypeError:
         found = None
     if dtype is None or found is None or (bits := _bits(found)) is None:
-        raise TypeError(f"dtype: expected numbers, such as 'bfloat16' or 'uint8', got {dtype!r:.80} for slab {slab!r}")
+        raise TypeError(f"dtype: expected numbers, such as 'bfloat16' or 'uint8', got {shown(dtype)} for slab {slab!r}")
     if bits != 8 * found.itemsize:
         raise ValueError(f"dtype: {found.name} of slab {slab!r} has {bits} bits; pass its bytes as uint8")
     if not found.isnative:
@@ -116,10 +119,9 @@ class Slab:
     dtype: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"name: expected a string, got {self.name!r:.80} ({type(self.name).__name__})")
+        checked_kind("name", self.name, str, "a slab is Slab(name, layer, shape, dtype)")
         if isinstance(self.shape, str) or not isinstance(self.shape, Iterable):
-            raise TypeError(f"shape: expected the shape of a token, such as (8, 128), got {self.shape!r:.80}")
+            raise TypeError(f"shape: expected the shape of a token, such as (8, 128), got {shown(self.shape)}")
         object.__setattr__(self, "dtype", _dtype_name(self.name, self.dtype))
         object.__setattr__(self, "layer", checked_int("layer", self.layer))
         object.__setattr__(self, "shape", tuple(checked_int("shape", n) for n in self.shape))
@@ -155,7 +157,7 @@ class PageSpec:
     keys of dictionaries. Layers may differ in their slabs, and slabs in shape and dtype.
 
     Raises:
-      TypeError: `page_size` is not an int or something else with `__index__`, or it is a bool.
+      TypeError: `page_size` is not an int or something else with `__index__`, or it is a bool; no `Slab`.
       ValueError: no tokens or no slabs; a name twice in a layer.
     """
 
@@ -163,7 +165,10 @@ class PageSpec:
     page_size: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "slabs", tuple(sorted(self.slabs, key=lambda s: (s.layer, s.name))))
+        if isinstance(self.slabs, str | Mapping) or not isinstance(self.slabs, Iterable):
+            raise TypeError(f"slabs: expected Slabs, got {shown(self.slabs)}; {_MAKES_A_SPEC}")
+        slabs = [checked_kind("slabs", slab, Slab, _MAKES_A_SPEC) for slab in self.slabs]
+        object.__setattr__(self, "slabs", tuple(sorted(slabs, key=lambda s: (s.layer, s.name))))
         object.__setattr__(self, "page_size", checked_int("page_size", self.page_size))
         if self.page_size <= 0 or not self.slabs:
             raise ValueError(f"a page needs tokens and slabs, got page_size={self.page_size}, slabs={self.slabs}")
@@ -177,8 +182,17 @@ class PageSpec:
 
         >>> PageSpec.uniform(16, 32, {"k": ((8, 128), "bfloat16"), "v": ((8, 128), "bfloat16")}).payload_bytes
         4194304
+
+        Raises: as `PageSpec` and `Slab`; `TypeError` if `slabs` is no such dictionary.
         """
         num_layers = checked_int("num_layers", num_layers, 1)
+        checked_kind("slabs", slabs, Mapping, "a name has (shape, dtype), as in {'k': ((8, 128), 'bfloat16')}")
+        for name, value in slabs.items():
+            if not isinstance(value, tuple | list) or len(value) != 2 or not isinstance(value[0], tuple | list):
+                raise TypeError(
+                    f"slabs[{name!r}]: expected (shape, dtype) of a token, such as ((8, 128), 'bfloat16'), got "
+                    f"{shown(value)}"
+                )
         return PageSpec(
             tuple(
                 Slab(name, layer, tuple(shape), dtype)
@@ -229,6 +243,12 @@ class PageSpec:
     def payload_bytes(self) -> int:
         """Bytes of all slabs of a page, without padding: what a load or store of one page moves."""
         return sum(self.layer_bytes.values())
+
+
+def check_spec(spec: Any) -> None:
+    """Raises `TypeError` for what is no `PageSpec`."""
+    is_pool = isinstance(getattr(spec, "spec", None), PageSpec)
+    checked_kind("spec", spec, PageSpec, "pass its attribute spec" if is_pool else _MAKES_A_SPEC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +338,8 @@ class Layout:
     merges_tokens: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.order, str) or not isinstance(self.order, Iterable):
+            raise TypeError(f"order: expected a tuple of axes, got {shown(self.order)}; Layout.parse takes a string")
         object.__setattr__(self, "order", tuple(self.order))
         if len(set(self.order)) != len(self.order) or not {"page", "token", "head"} <= set(self.order) <= set(_AXES):
             raise ValueError(f"order: expected page, token, head and at most layer and kv, each once, got {self.order}")
@@ -327,6 +349,7 @@ class Layout:
     @staticmethod
     def parse(order: str) -> Layout:
         """`Layout.parse("page layer kv token head")`."""
+        checked_kind("order", order, str, "as in Layout.parse('page token head')")
         return Layout(tuple(order.replace(",", " ").split()))
 
     @property
@@ -337,6 +360,7 @@ class Layout:
     def place(self, spec: PageSpec, num_pages: int) -> Placement:
         """Places every slab of `num_pages` pages, 1 to 2147483647. Raises `ValueError` if the spec does not fit the
         order, for instance `head` outside of `layer` where layers differ in their number of heads."""
+        check_spec(spec)
         # Before the cache, which would find a placement of another type's integers for equal ones.
         return _place(spec, self, checked_int("num_pages", num_pages, 1, MAX_INT32))
 
@@ -451,8 +475,8 @@ def named_layout(layout: Layout | str, named: Mapping[str, Layout]) -> Layout:
     """A layout, given as such or by its name; raises `ValueError` for a name that is not there."""
     if isinstance(layout, Layout):
         return layout
-    if layout not in named:
-        raise ValueError(f"layout: expected a Layout or one of {list(named)}, got {layout!r}")
+    if not isinstance(layout, str) or layout not in named:
+        raise ValueError(f"layout: expected a Layout or one of {list(named)}, got {shown(layout)}")
     return named[layout]
 
 
@@ -461,6 +485,8 @@ def fingerprint(spec: PageSpec, layout: Layout) -> str:
 
     SHA-256 (first 128 bits) of a canonical JSON of the format version, page size, slabs, order, alignment and trailer.
     """
+    check_spec(spec)
+    checked_kind("layout", layout, Layout, "the host pool's own is in its attribute layout")
     identity = {
         "format": _FORMAT_VERSION,
         "page_size": spec.page_size,

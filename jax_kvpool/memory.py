@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jax_kvpool import _cpu
-from jax_kvpool._check import MAX_INT32, checked_int
+from jax_kvpool._check import MAX_INT32, checked_int, shown
 from jax_kvpool._runtime import cuda_module
 
 __all__ = ["HostMemory", "PoolBytes", "available_bytes", "has_landed"]
@@ -95,8 +95,10 @@ class HostMemory:
             cuda_device = checked_int("cuda_device", cuda_device, 0, MAX_INT32)
         if numa_node is not None and not (isinstance(numa_node, str) and numa_node == "auto"):
             numa_node = checked_int("numa_node", numa_node, -1, MAX_INT32)
-        if huge_pages not in _HUGE_PAGES:
-            raise ValueError(f"huge_pages: expected one of {sorted(_HUGE_PAGES)}, got {huge_pages!r}")
+        if not isinstance(huge_pages, str) or huge_pages not in _HUGE_PAGES:
+            raise ValueError(f"huge_pages: expected one of {sorted(_HUGE_PAGES)}, got {shown(huge_pages)}")
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress: expected a function (bytes done, num_bytes), got {shown(progress)}")
         cuda = None
         if cuda_device is not None and (cuda := cuda_module()) is None:
             raise RuntimeError("jax_kvpool was built without its CUDA module: build it where nvcc is found")
@@ -110,7 +112,8 @@ class HostMemory:
 
         self.num_bytes: Final = num_bytes
         self.cuda_device: Final = cuda_device
-        self.is_of_pool = False  # set by a HostPool, into which steps store
+        self.is_of_pool = False  # set by a HostPool, into which steps store; and what closes it:
+        self.close_pool: Callable[[], Callable[[], None] | None] = lambda: None
         self._process = os.getpid()
         self._is_closed = False
         make = functools.partial(
@@ -180,7 +183,12 @@ class HostMemory:
 
     def close(self) -> None:
         """Ends the use of the memory: handlers refuse it from now on, and it is unmapped as soon as no array looks at
-        it; if none does, now, after the device has finished what it was given. Idempotent."""
+        it; if none does, now, after the device has finished what it was given. Of a host pool: the same as its `close`.
+        Idempotent."""
+        if not self._is_closed and (close_pool := self.close_pool()) is not None:
+            self.close_pool = lambda: None  # which closes this memory, too
+            close_pool()
+            return
         is_pinned_here = self.cuda_device is not None and os.getpid() == self._process
         address = self._memory.address if is_pinned_here and not self._is_closed else None
         self._is_closed = True
@@ -189,11 +197,19 @@ class HostMemory:
         if address is not None and (cuda := cuda_module()) is not None:
             cuda.abandon_flights(address, self.num_bytes)
 
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        pinned = "" if self.cuda_device is None else f", pinned for CUDA device {self.cuda_device}"
+        return f"HostMemory({self.num_bytes:,} bytes{pinned}{', closed' * self._is_closed})"
 
 
 class PoolBytes(np.ndarray[tuple[int, ...], np.dtype[Any]]):
@@ -255,6 +271,8 @@ def _pieces(num_bytes: int, piece_ends: Iterable[int] | None) -> list[tuple[int,
     """Where each piece begins and ends."""
     if piece_ends is None:
         piece_ends = itertools.chain(range(PIECE_BYTES, num_bytes, PIECE_BYTES), [num_bytes])
+    elif not isinstance(piece_ends, Iterable):
+        raise TypeError(f"piece_ends: expected ints, got {shown(piece_ends)}")
     pieces: list[tuple[int, int]] = []
     begin = 0
     for given in piece_ends:

@@ -13,9 +13,8 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
-from jax_kvpool._check import MAX_INT32, checked_int, int_array, is_within
+from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, is_staging
 from jax_kvpool._runtime import (
     LOAD_BY_ENGINE_TARGET,
     LOAD_TARGET,
@@ -25,6 +24,7 @@ from jax_kvpool._runtime import (
 from jax_kvpool.calls import call, fenced, scratch
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
+from jax_kvpool.id_arrays import PageIds, is_on_host, page_pairs
 from jax_kvpool.plan import STAGED_ALIGNMENT, TRACED_LAYER, CopyPlan, Stages, copy_plan
 from jax_kvpool.tuning import current
 
@@ -42,8 +42,8 @@ _MAX_DIFFERENCES: Final = 3  # of two specs, that an error names
 def load(
     device: DevicePool,
     host: HostPool,
-    device_pages: npt.ArrayLike,
-    host_pages: npt.ArrayLike,
+    device_pages: PageIds,
+    host_pages: PageIds,
     *,
     layer: int | jax.Array | None = None,
     max_blocks: int | None = None,
@@ -82,8 +82,8 @@ def load(
 def store(
     device: DevicePool,
     host: HostPool,
-    device_pages: npt.ArrayLike,
-    host_pages: npt.ArrayLike,
+    device_pages: PageIds,
+    host_pages: PageIds,
     *,
     layer: int | jax.Array | None = None,
     max_blocks: int | None = None,
@@ -106,12 +106,13 @@ def _copy(
     target: str,
     device: DevicePool,
     host: HostPool,
-    device_page_ids: npt.ArrayLike,
-    host_page_ids: npt.ArrayLike,
+    device_page_ids: PageIds,
+    host_page_ids: PageIds,
     layer: int | jax.Array | None,
     max_blocks: int | None,
 ) -> DevicePool:
     """Checks everything that tracing can know, then makes the call."""
+    check_kinds(device, host)
     device_pages, host_pages = page_pairs("device_pages", device_page_ids, "host_pages", host_page_ids)
     check_pools(device, host)
     arrays = device.flat_arrays("device.arrays")
@@ -184,11 +185,6 @@ def _warn_of_large_pools(changed: list[jax.Array]) -> None:
         )
 
 
-def is_on_host(pages: Any) -> bool:
-    """Whether ids are in host memory, as those of `host_ids` on a GPU."""
-    return isinstance(pages, jax.Array) and bool(jax.typeof(pages).memory_space == jax.memory.Space.Host)
-
-
 def engine_can_read(is_load: bool, device_pages: Any, host_pages: Any) -> bool:
     """Whether the copy engine can be used with these ids: it needs the host's, and for a store also the device's, to
     know which pairs it is to skip."""
@@ -250,54 +246,45 @@ def check_pools(device: DevicePool, host: HostPool) -> None:
             "so that a load would make them differ, too: give them in_specs over these axes, or shard_map "
             "check_vma=False"
         )
-    if not isinstance(host.array, jax.core.Tracer) and is_staging():
+    arrays = jax.tree.leaves(device.arrays)
+    if is_staging():
+        for name, of_pool in (("host", [host.array]), ("device", arrays)):
+            if not all(isinstance(array, jax.core.Tracer) for array in of_pool):
+                raise ValueError(
+                    f"{name}: expected a pool that is an argument of the jitted function, got one that it closes over, "
+                    "which would be a constant of the program: pass it as an argument"
+                    + ", donate it, and return it"
+                    * (name == "device")
+                )
+    host.check_open()
+    concrete = [a for a in arrays if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer)]
+    if any(array.is_deleted() for array in concrete):
         raise ValueError(
-            "host: this HostPool was closed over by the traced function, which would make it a constant of the "
-            "program; pass it as an argument of the jitted function"
+            "device: expected the pool that the last load, store or step returned, got one whose arrays are deleted, "
+            "as of a pool that was donated"
         )
-    expected = (host.num_pages, host.placement.page_bytes)
-    if host.array.shape != expected or host.array.dtype != jnp.uint8:
+    expected, found = (host.num_pages, host.placement.page_bytes), tuple(host.array.shape)
+    if found != expected or host.array.dtype != jnp.uint8:
+        is_sharded = len(found) == 2 and found[0] == expected[0] and found[1] % expected[1] == 0
         raise ValueError(
-            f"host: its array must be uint8{list(expected)}, got {host.array.dtype}{list(host.array.shape)}"
-            "; a sharded pool has its shard's shapes only inside shard_map"
+            f"host: its array must be uint8{list(expected)}, got {host.array.dtype}{list(found)}"
+            + "; a sharded pool has its shard's shapes only inside shard_map" * is_sharded
         )
+
+
+def check_kinds(device: DevicePool, host: HostPool) -> None:
+    """Raises `TypeError` for what is no pool."""
+    of_pools = "the order of arguments is (device, host, device_pages, host_pages)"
+    is_host = isinstance(device, HostPool)
+    checked_kind("device", device, DevicePool, of_pools if is_host else "DevicePool.wrap(arrays, spec) makes one")
+    is_device = isinstance(host, DevicePool)
+    checked_kind("host", host, HostPool, of_pools if is_device else "HostPool.create(spec, num_pages) makes one")
 
 
 def _varying(array: Any) -> frozenset[Any]:
     """The mesh axes over which an array may differ, in a shard_map that keeps account of them."""
     varying: frozenset[Any] = getattr(getattr(jax.typeof(array), "mat", None), "varying", frozenset())
     return varying
-
-
-def page_pairs(
-    device_name: str, device_page_ids: npt.ArrayLike, host_name: str, host_page_ids: npt.ArrayLike
-) -> tuple[Any, Any]:
-    """The ids as two int32 arrays of one length. Raises `TypeError` or `ValueError`, with the names, otherwise."""
-    device_pages, host_pages = _page_ids(device_name, device_page_ids), _page_ids(host_name, host_page_ids)
-    if device_pages.shape != host_pages.shape:
-        raise ValueError(f"{host_name}: expected {device_pages.size} ids, as {device_name} has, got {host_pages.size}")
-    return device_pages, host_pages
-
-
-def is_staging() -> bool:
-    """Whether everything is being traced into a program (jit, scan, ...), not only what vmap or grad look at."""
-    return isinstance(jax.lax.full((), 0), jax.core.Tracer)
-
-
-def _page_ids(name: str, pages: npt.ArrayLike) -> Any:
-    """The ids as an int32 array of JAX or NumPy."""
-    array: Any = pages
-    if not isinstance(pages, jax.Array | np.ndarray):  # a list of ints
-        found = int_array(name, pages, "int32 page ids")
-        if not is_within(found, -MAX_INT32 - 1, MAX_INT32):
-            raise OverflowError(f"{name}: expected int32 page ids, {found.min()} to {found.max()} is out of bounds")
-        array = found.astype(np.int32)
-    if array.dtype != np.int32:
-        raise TypeError(f"{name}: expected int32 page ids, got {array.dtype}")
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected a 1-D array of page ids, got shape {array.shape}")
-    # XLA of JAX 0.11.2 crashes on an empty constant in a shard_map.
-    return array if array.size else jnp.zeros(0, jnp.int32)
 
 
 def _layer(layer: int | jax.Array | None, device: DevicePool) -> tuple[Stages, Any]:
@@ -319,7 +306,7 @@ def _difference(device: DevicePool, host: HostPool) -> str:
     if device.spec.page_size != host.spec.page_size:
         return f"pages have {device.spec.page_size} tokens on the device, {host.spec.page_size} on the host"
     of_device, of_host = ({(s.layer, s.name): s for s in pool.spec.slabs} for pool in (device, host))
-    layers: dict[tuple[str, str, str], list[int]] = {}
+    layers: dict[tuple[str, ...], list[int]] = {}
     for layer, name in sorted(of_device.keys() | of_host.keys()):
         slabs = of_device.get((layer, name)), of_host.get((layer, name))
         if slabs[0] != slabs[1]:
@@ -344,15 +331,17 @@ class PageStatus(enum.IntEnum):
     HOST_PAGE_OUT_OF_RANGE = 3
 
 
-def page_status(
-    device: DevicePool, host: HostPool, device_pages: npt.ArrayLike, host_pages: npt.ArrayLike
-) -> jax.Array:
+def page_status(device: DevicePool, host: HostPool, device_pages: PageIds, host_pages: PageIds) -> jax.Array:
     """Says which pairs `load` and `store` copy, and why they skip the others: int32, a `PageStatus` for each pair.
 
     Takes the ids that they take, and refuses what they refuse. Plain jnp on the ids: usable inside and outside of jit,
     on any device.
     """
-    device_pages, host_pages = map(jnp.asarray, page_pairs("device_pages", device_pages, "host_pages", host_pages))
+    check_kinds(device, host)
+    pairs = page_pairs("device_pages", device_pages, "host_pages", host_pages)
+    device_pages, host_pages = (
+        jax.device_put(ids, jax.memory.Space.Device) if is_on_host(ids) else jnp.asarray(ids) for ids in pairs
+    )
     status = jnp.where(
         (host_pages < 0) | (host_pages >= host.num_pages), PageStatus.HOST_PAGE_OUT_OF_RANGE, PageStatus.COPIED
     )

@@ -8,20 +8,20 @@ from typing import Any, Final, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 
+from jax_kvpool._check import is_staging, shown
 from jax_kvpool._runtime import START_TARGET, WAIT_TARGET
 from jax_kvpool.calls import call, fenced, scratch, whole
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
+from jax_kvpool.id_arrays import PageIds, page_pairs
 from jax_kvpool.layout import PageSpec
 from jax_kvpool.ops import (
+    check_kinds,
     check_pools,
     checked_blocks,
     engine_can_read,
     in_flight,
-    is_staging,
-    page_pairs,
     scratch_bytes,
 )
 from jax_kvpool.plan import Stages, copy_plan
@@ -40,8 +40,8 @@ def run_layers(
     device: DevicePool,
     host: HostPool,
     *,
-    load: tuple[npt.ArrayLike, npt.ArrayLike] = _NO_PAIRS,
-    store: tuple[npt.ArrayLike, npt.ArrayLike] = _NO_PAIRS,
+    load: tuple[PageIds, PageIds] = _NO_PAIRS,
+    store: tuple[PageIds, PageIds] = _NO_PAIRS,
     max_blocks: int | None = None,
 ) -> tuple[X, DevicePool]:
     """Runs `apply_layer` for every layer, while pages are stored and loaded beside it.
@@ -87,8 +87,10 @@ def run_layers(
       JaxRuntimeError, from the running step: as `load`; also if XLA copied an array of the pool while pages travelled
         to it, so that they would be lost.
     """
-    load_pairs = page_pairs("load[0]", load[0], "load[1]", load[1])
-    store_pairs = page_pairs("store[0]", store[0], "store[1]", store[1])
+    if not callable(apply_layer):
+        raise TypeError(f"apply_layer: expected a function (layer, x, kv) -> (x, kv), got {shown(apply_layer)}")
+    check_kinds(device, host)
+    load_pairs, store_pairs = _pairs("load", load), _pairs("store", store)
     check_pools(device, host)
     if not is_staging():
         raise ValueError("run_layers must be called inside jax.jit, where its copies and waits are one program")
@@ -135,6 +137,15 @@ def run_layers(
     with in_flight(jax.tree.leaves(device.arrays)):
         result: tuple[X, DevicePool] = whole(all_or_nothing)(x, device, host.array, (*load_pairs, *store_pairs))
     return result
+
+
+def _pairs(name: str, pages: Any) -> tuple[Any, Any]:
+    """The ids as two arrays. Raises `TypeError` or `ValueError` for what is no pair of them."""
+    try:
+        device_pages, host_pages = pages
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected (device_pages, host_pages), got {shown(pages)}") from None
+    return page_pairs(f"{name}[0]", device_pages, f"{name}[1]", host_pages)
 
 
 def _for_engine(is_load: bool, device_pages: Any, host_pages: Any) -> tuple[int | None, int | None]:

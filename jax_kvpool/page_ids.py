@@ -1,4 +1,4 @@
-"""Page ids that the CPU can read when a step runs: `host_ids`."""
+"""Page ids that the CPU can read when a step runs: `host_ids` makes `HostIds`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import numpy.typing as npt
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_kvpool import _cpu
-from jax_kvpool._check import MAX_INT32, int_array, is_within
+from jax_kvpool._check import MAX_INT32, int_array, is_staging, is_within
 from jax_kvpool._runtime import require_copy_engine
 from jax_kvpool.host_pool import borrow, cuda_ordinal, mesh_of
+from jax_kvpool.id_arrays import HostIds
 from jax_kvpool.memory import DlpackExport, HostMemory
 
 __all__ = ["host_ids"]
@@ -24,34 +25,36 @@ _BUFFER_BYTES: Final = 64 << 10  # 16,384 ids
 _MEMORY_BYTES: Final = 4 << 20
 
 
-def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -> jax.Array:
-    """The page ids as an int32 array in pinned memory of ours. With such ids the copy engine can move the pages.
+def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -> HostIds:
+    """The page ids in pinned memory of ours. With such ids the copy engine can move the pages.
 
     It must know its addresses on the CPU for that: those in the host pool, and for a store, or to move slabs straight
     beside a model, those in the device pool too. The ids are copied into a buffer of a small pinned memory, which is
-    free again once the array is gone, so make one array a step and drop it. Pass it to the jitted step as an argument
-    and use it as it is.
+    free again once they are gone, so make them anew for each step and drop them. Pass them to the jitted step as an
+    argument.
 
     Args:
       pages: ids, as in `load`; a list or a 1-D array, of any integer dtype.
       device: of the pools, as in `HostPool.create`: a device, by default the first, or a mesh.
 
-    Returns:
-      An array of shape `(num_pages,)`; memory kind `pinned_host` on a GPU, ordinary memory on a CPU.
-
     Raises:
-      TypeError, ValueError: not integers that int32 can hold, bools among them, or not a list.
+      TypeError, ValueError: not integers that int32 can hold, bools among them, or not a list; called inside jit.
       RuntimeError: the driver is too old for the copy engine (CUDA 12.8), or this process was forked from one that has
         made such ids for a GPU.
     """
     ids = int_array("pages", pages, "a list or a 1-D array of integers")
+    if is_staging():
+        raise ValueError(
+            "host_ids: expected to be called outside of jit, got called in a function that is being traced, whose "
+            "program would have the same ids in every step: pass them to it as an argument"
+        )
     if not is_within(ids, -MAX_INT32 - 1, MAX_INT32):
         raise ValueError(f"pages: expected int32, got {ids.min()} to {ids.max()}")
     ids = np.ascontiguousarray(ids, np.int32)
     mesh = mesh_of(device)
     buffer = _take(ids, cuda_ordinal(mesh.local_devices[0]))
     exports = [functools.partial(DlpackExport, buffer.dlpack)] * len(mesh.local_devices)
-    return borrow(mesh, PartitionSpec(), ids.shape, exports)  # type: ignore[no-untyped-call]
+    return HostIds(borrow(mesh, PartitionSpec(), ids.shape, exports))  # type: ignore[no-untyped-call]
 
 
 _lock = threading.Lock()

@@ -352,7 +352,7 @@ def test_every_door_is_in_the_table():
         f"{name}({parameter.name})"
         for name, function in public_callables()
         for parameter in inspect.signature(function).parameters.values()
-        if re.search(r"\b(int|float|ArrayLike)\b", str(parameter.annotation))
+        if re.search(r"\b(int|float|ArrayLike|PageIds)\b", str(parameter.annotation))
     }
     assert found == DOORS.keys() | NO_DOORS
 

@@ -15,8 +15,8 @@ from jax_kvpool import DevicePool, HostPool, PageSpec, host_ids, load, page_ids,
 def test_they_are_the_ids(device):
     for pages in ([], [3, -1, 2**31 - 1], np.arange(50_000), np.arange(9)[::3], np.array([1, 2], np.uint8)):
         ids = host_ids(pages, device=device)
-        assert ids.dtype == jnp.int32 and np.asarray(ids).tolist() == list(pages)
-        assert ids.sharding.memory_kind == ("pinned_host" if device.platform == "gpu" else "device")
+        assert ids.array.dtype == jnp.int32 and np.asarray(ids).tolist() == list(pages) and len(ids) == len(pages)
+        assert ids.array.sharding.memory_kind == ("pinned_host" if device.platform == "gpu" else "device")
 
 
 def test_buffers_are_used_again(device):
