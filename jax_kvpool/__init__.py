@@ -3,6 +3,7 @@
 from jax_kvpool import _runtime
 
 _runtime.require_runtime()
+_runtime.register_targets()
 
 from jax_kvpool.allocator import OutOfPagesError, PageAllocator, StalePageError  # noqa: E402
 from jax_kvpool.calibration import calibrate  # noqa: E402

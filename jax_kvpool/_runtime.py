@@ -98,9 +98,11 @@ def _text(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-@functools.cache
 def register_targets() -> None:
-    """Registers the handlers of every platform this build has. Initialises no backend."""
+    """Registers the handlers of every platform this build has. Initialises no backend.
+
+    When the package is imported, since a program may also be loaded, having been traced in another process.
+    """
     modules = {"cpu": _cpu, "CUDA": _extension()}
     for platform, module in modules.items():
         for target, handler in module.handlers().items() if module else ():

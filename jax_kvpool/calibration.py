@@ -12,6 +12,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
+from jax_kvpool._devices import default_device
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
 from jax_kvpool.layout import PageSpec
@@ -35,17 +36,23 @@ _Way = tuple[Any, int | None, Tuning | None]  # load or store, and thread blocks
 
 
 def calibrate(*, save: bool = True) -> Tuning:
-    """Measures the numbers of the first GPU and its link, in about 15 seconds and 150 MB on either side: the thread
+    """Measures the numbers of the default GPU and its link, in about 15 seconds and 150 MB on either side: the thread
     blocks, what is worth the copy engine, and the link's speed, from which the others follow (`Tuning.of_link`).
 
     Keeps them in a file, by the model of the GPU and its link, where processes find them when they trace their first
     load or store. Without `save` nothing is written.
 
-    Run it while nothing else uses the GPU. Raises `RuntimeError` without a GPU.
+    Run it while nothing else uses the GPU, and in one process: with `jax.distributed` the numbers are the built-in
+    ones, since they must be the same in all processes. Raises `RuntimeError` without a GPU, or in one of several
+    processes.
     """
-    gpu = jax.local_devices()[0]
+    gpu = default_device()
     if gpu.platform != "gpu":
-        raise RuntimeError(f"calibrate: expected a GPU as JAX's first device, got {gpu}")
+        raise RuntimeError(f"calibrate: expected a GPU as JAX's default device, got {gpu}")
+    if jax.process_count() > 1:
+        raise RuntimeError(
+            f"calibrate: expected one process, got one of {jax.process_count()}, which all use the built-in numbers"
+        )
     enough = set(_BLOCKS)
     for page_size in (64, 1):  # runs of 128 KB and of 2 KB
         spec = PageSpec.uniform(page_size, 16, dict.fromkeys("kv", ((8, 128), "bfloat16")))

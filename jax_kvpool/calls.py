@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from jax_kvpool._runtime import SCRATCH_TARGET, register_targets
+from jax_kvpool._runtime import SCRATCH_TARGET
 
 __all__ = ["call", "fenced", "scratch", "whole"]
 
@@ -28,7 +28,6 @@ def call(target: str, operands: Sequence[Any], in_place: Sequence[int], **attrib
     Each is a result of the call at its own address, if XLA need not keep the old value; the handlers check that. What
     else the call reads is neither copied nor returned. Attributes are ints, or tuples of ints.
     """
-    register_targets()
     params = {"target": target, "in_place": tuple(in_place), "attributes": tuple(attributes.items())}
     return list(_call.bind(*operands, **params))  # type: ignore[no-untyped-call]
 
@@ -36,7 +35,6 @@ def call(target: str, operands: Sequence[Any], in_place: Sequence[int], **attrib
 def scratch(num_bytes: int, *operands: Any) -> jax.Array:
     """Device memory of `num_bytes` bytes for a call, which takes it in place. Its content is whatever was there, but
     for the first 8 bytes, which are 0 on a CPU. `operands`: what tells two calls apart."""
-    register_targets()
     result = jax.core.ShapedArray((num_bytes,), np.dtype(np.uint8))
     memory: jax.Array = jax.ffi.ffi_call(SCRATCH_TARGET, result)(*operands)
     return memory

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpool._check import MAX_INT32, checked_int, shown, structure
+from jax_kvpool._devices import device_or_sharding
 from jax_kvpool.layout import DEVICE_LAYOUTS, Layout, PageSpec, Placement, Slab, check_spec, named_layout
 
 __all__ = ["DevicePool"]
@@ -75,18 +76,26 @@ class DevicePool:
         num_pages: int,
         layout: Layout | str = "per_layer",
         *,
-        device: jax.Device | jax.sharding.Sharding | None = None,
+        device: jax.Device | None = None,
+        sharding: jax.sharding.Sharding | None = None,
     ) -> Self:
         """A pool of new arrays of zeros, for who has none yet.
 
-        `device`: where, as in `jnp.zeros`. With a sharding that splits the arrays, `spec` and `num_pages` are what one
-        device holds, as everywhere, and the arrays are as much larger as the sharding splits them.
+        Args:
+          spec, num_pages, layout: as in `DevicePool`.
+          device: where, one device of this process; by default that of `jax.default_device`, else the process's first.
+          sharding: instead of `device`, that of every array. `spec` and `num_pages` are what one device holds, as
+            everywhere, and the arrays are as much larger as the sharding splits them.
+
+        Raises: `TypeError` for what is no device or sharding; `ValueError` for both together, or devices of other
+        processes only.
         """
         layout = device_layout(layout)
         check_spec(spec)
         num_pages = checked_int("num_pages", num_pages, 1, MAX_INT32)
+        placed = device_or_sharding(device, sharding)
         flat = {
-            key: jnp.zeros(_global_shape(shape, device), dtype, device=device)
+            key: jnp.zeros(_global_shape(shape, placed), dtype, device=placed)
             for key, (shape, dtype) in _array_types(spec, layout, num_pages).items()
         }
         return cls(_nested(flat, layout, spec), spec, layout, num_pages)
@@ -297,13 +306,13 @@ def _fits(shape: tuple[int, ...], key: Key, spec: PageSpec, layout: Layout) -> b
         return False
 
 
-def _global_shape(shape: tuple[int, ...], device: Any) -> tuple[int, ...]:
+def _global_shape(shape: tuple[int, ...], placed: jax.Device | jax.sharding.Sharding | None) -> tuple[int, ...]:
     """The shape of an array whose shards have `shape`."""
-    if not isinstance(device, jax.sharding.Sharding):
+    if not isinstance(placed, jax.sharding.Sharding):
         return shape
     # How often each axis is split, found by asking for the shard of an array that any number of devices divides.
-    probe = tuple(math.lcm(*range(1, 1 + device.num_devices)) for _ in shape)
-    return tuple(n * p // q for n, p, q in zip(shape, probe, device.shard_shape(probe), strict=True))
+    probe = tuple(math.lcm(*range(1, 1 + placed.num_devices)) for _ in shape)
+    return tuple(n * p // q for n, p, q in zip(shape, probe, placed.shard_shape(probe), strict=True))
 
 
 @functools.lru_cache(maxsize=256)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpool._check import MAX_INT32, checked_int, shown
+from jax_kvpool._devices import device_or_mesh
 from jax_kvpool.device_pool import where
 from jax_kvpool.layout import HOST_LAYOUTS, Layout, PageSpec, Placement, named_layout
 from jax_kvpool.memory import PIECE_BYTES, DlpackExport, HostMemory, PoolBytes
@@ -59,7 +60,8 @@ class HostPool:
         num_pages: int,
         layout: Layout | str = "page_first",
         *,
-        device: jax.Device | Mesh | None = None,
+        device: jax.Device | None = None,
+        mesh: Mesh | None = None,
         **memory_options: Any,
     ) -> Self:
         """A pool of `num_pages` pages of zeros.
@@ -68,19 +70,22 @@ class HostPool:
           spec: what a page is; for a mesh, what one device holds of it.
           num_pages: pages, 1 to 2147483647: an int or anything with `__index__`, not a bool.
           layout: a key of `HOST_LAYOUTS`, or a `Layout` of all five axes.
-          device: the device that loads and stores, by default the first; or a mesh: one `HostMemory` a device, and
-            `array` sharded on the bytes of a page over all the mesh's axes, for use inside `shard_map`.
+          device: the device that loads and stores, one of this process; by default that of `jax.default_device`, else
+            the process's first.
+          mesh: instead of `device`, several of them, for use inside `shard_map`: one `HostMemory` for each that is of
+            this process, and `array` sharded on the bytes of a page over all the mesh's axes.
           **memory_options: `huge_pages`, `numa_node`, `num_threads`, `progress` of `HostMemory`.
 
-        Raises: what `HostMemory` raises, and `ValueError` for a layout that splits the pool. On an error no memory
-        stays behind.
+        Raises: what `HostMemory` raises; `ValueError` for a layout that splits the pool, `device` and `mesh` together,
+        or devices of other processes only; `TypeError` for what is no device or mesh. On an error no memory stays
+        behind.
         """
         layout = named_layout(layout, HOST_LAYOUTS)
         placement = layout.place(spec, num_pages)
         num_pages = placement.num_pages  # a Python int
         if len(placement.array_bytes) != 1 or layout.merges_tokens:
             raise ValueError(f"layout: a host pool is one run of bytes, so all five axes are needed, got {layout}")
-        mesh = mesh_of(device)
+        mesh = device_or_mesh(device, mesh)
         memories: list[HostMemory] = []
         try:
             for local in mesh.local_devices:
@@ -280,11 +285,6 @@ class HostPool:
             f"{sum(placement.array_bytes):,} bytes, {' '.join(self.layout.order)}, "
             f"{'closed' if self._is_closed else where([self.array])})"
         )
-
-
-def mesh_of(device: jax.Device | Mesh | None) -> Mesh:
-    """A mesh as it is; a device, by default the first, as a mesh of one."""
-    return device if isinstance(device, Mesh) else Mesh([device or jax.devices()[0]], ("host_pool",))
 
 
 def cuda_ordinal(device: jax.Device) -> int | None:

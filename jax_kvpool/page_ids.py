@@ -14,8 +14,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jax_kvpool import _cpu
 from jax_kvpool._check import MAX_INT32, int_array, is_staging, is_within
+from jax_kvpool._devices import device_or_mesh
 from jax_kvpool._runtime import require_copy_engine
-from jax_kvpool.host_pool import borrow, cuda_ordinal, mesh_of
+from jax_kvpool.host_pool import borrow, cuda_ordinal
 from jax_kvpool.id_arrays import HostIds
 from jax_kvpool.memory import DlpackExport, HostMemory
 
@@ -25,7 +26,7 @@ _BUFFER_BYTES: Final = 64 << 10  # 16,384 ids
 _MEMORY_BYTES: Final = 4 << 20
 
 
-def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -> HostIds:
+def host_ids(pages: npt.ArrayLike, *, device: jax.Device | None = None, mesh: Mesh | None = None) -> HostIds:
     """The page ids in pinned memory of ours. With such ids the copy engine can move the pages.
 
     It must know its addresses on the CPU for that: those in the host pool, and for a store, or to move slabs straight
@@ -35,10 +36,12 @@ def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -
 
     Args:
       pages: ids, as in `load`; a list or a 1-D array, of any integer dtype.
-      device: of the pools, as in `HostPool.create`: a device, by default the first, or a mesh.
+      device, mesh: one of them, that of the pools, as in `HostPool.create`. Without `mesh`, ids for pools of several
+        devices are refused by JAX when the step is called, as an argument on "incompatible devices".
 
     Raises:
-      TypeError, ValueError: not integers that int32 can hold, bools among them, or not a list; called inside jit.
+      TypeError, ValueError: not integers that int32 can hold, bools among them, or not a list; called inside jit; or
+        `device` and `mesh` as in `HostPool.create`.
       RuntimeError: the driver is too old for the copy engine (CUDA 12.8), or this process was forked from one that has
         made such ids for a GPU.
     """
@@ -51,7 +54,7 @@ def host_ids(pages: npt.ArrayLike, *, device: jax.Device | Mesh | None = None) -
     if not is_within(ids, -MAX_INT32 - 1, MAX_INT32):
         raise ValueError(f"pages: expected int32, got {ids.min()} to {ids.max()}")
     ids = np.ascontiguousarray(ids, np.int32)
-    mesh = mesh_of(device)
+    mesh = device_or_mesh(device, mesh)
     buffer = _take(ids, cuda_ordinal(mesh.local_devices[0]))
     exports = [functools.partial(DlpackExport, buffer.dlpack)] * len(mesh.local_devices)
     return HostIds(borrow(mesh, PartitionSpec(), ids.shape, exports))  # type: ignore[no-untyped-call]

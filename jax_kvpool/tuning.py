@@ -148,14 +148,19 @@ def using(tuning: Tuning) -> Iterator[None]:
 
 
 def current() -> Tuning:
-    """That of the enclosing `using`, or of this process's first GPU: measured if there is a file, else built in."""
+    """That of the enclosing `using`, or of this process's first GPU: measured if there is a file, else built in.
+
+    With several processes (`jax.distributed`) it is that of PCIe Gen5 x16, whatever a host has: the numbers become a
+    part of the program, which must be the same in all of them."""
     return _using.get() or _of_gpu()
 
 
 @functools.cache
 def _of_gpu() -> Tuning:
     gpu = jax.local_devices()[0]
-    return measured_or_built_in(file_of(gpu), link_of(gpu)) if gpu.platform == "gpu" else Tuning.of_link(_GEN5_X16)
+    if gpu.platform != "gpu" or jax.process_count() > 1:
+        return Tuning.of_link(_GEN5_X16)
+    return measured_or_built_in(file_of(gpu), link_of(gpu))
 
 
 def measured_or_built_in(path: Path, link: tuple[float, int] | None) -> Tuning:

@@ -12,6 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpool import DevicePool, HostPool, PageSpec, Tuning, host_ids, load, run_layers, store, tuning
@@ -68,10 +69,10 @@ class Pools:
 
     def __init__(self, mesh, layout, mover):
         self._mesh, self._shard = mesh, jax.process_index()
-        self._make_ids = self._replicated if mover == "kernel" else functools.partial(host_ids, device=mesh)
+        self._make_ids = self._replicated if mover == "kernel" else functools.partial(host_ids, mesh=mesh)
         heads = PartitionSpec(*[None] * (3 if layout == "stacked" else 2), "tp")
-        self._pool = DevicePool.create(SPEC, DEVICE_PAGES, layout, device=NamedSharding(mesh, heads))
-        self.host = HostPool.create(SPEC, HOST_PAGES, device=mesh)
+        self._pool = DevicePool.create(SPEC, DEVICE_PAGES, layout, sharding=NamedSharding(mesh, heads))
+        self.host = HostPool.create(SPEC, HOST_PAGES, mesh=mesh)
         assert len(self.host.memories) == 1 and self.host.array.sharding.num_devices == mesh.size
         for page in range(HOST_PAGES):
             for (name, layer), slab in self.host.view(page, writable=True).items():
@@ -121,10 +122,23 @@ def check(mesh, layout, mover):
         pools.assert_page(page, came_from=page)
 
 
+def check_own(process):
+    """Where no device is named, this process's own is meant; another's is refused."""
+    pool, host, ids = DevicePool.create(SPEC, 2), HostPool.create(SPEC, 2), host_ids([1])
+    own = set(jax.local_devices())
+    assert all(a.sharding.device_set == own for a in [*pool.flat_arrays(), host.array, ids.array])
+    device = next(device for device in jax.devices() if device.process_index != process)
+    for create in (functools.partial(HostPool.create, SPEC, 2), functools.partial(host_ids, [1])):
+        for elsewhere in ({"device": device}, {"mesh": Mesh(np.array([device]), ("tp",))}):
+            with pytest.raises(ValueError, match="of this process"):
+                create(**elsewhere)
+
+
 def main(process, num_processes, port):
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes, process)
     assert (jax.process_count(), jax.process_index()) == (num_processes, process)
     assert (jax.device_count(), jax.local_device_count()) == (num_processes, 1)
+    check_own(process)
     mesh = Mesh(np.array(jax.devices()), ("tp",))
     for layout in ("per_layer", "stacked"):
         for mover in ("kernel", "spans", "slabs"):

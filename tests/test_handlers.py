@@ -46,7 +46,6 @@ class Call:
                 *operands, **self.attributes
             )
 
-        _runtime.register_targets()
         return jax.block_until_ready(jax.jit(program)(self.operands))
 
 

@@ -195,7 +195,7 @@ def test_two_gpus_of_which_one_is_late(late):
 def test_a_failed_step_gives_no_record():
     """It fails on one device only, and an output of the other one may well be ready."""
     mesh = Mesh(np.array(cpus(2)), ("tp",))
-    host, closed = (HostPool.create(SPEC, PAGES, device=mesh) for _ in range(2))
+    host, closed = (HostPool.create(SPEC, PAGES, mesh=mesh) for _ in range(2))
     closed.memories[1].close_pool = lambda: None  # a closed pool would be refused before the step
     closed.memories[1].close()
     heads = NamedSharding(mesh, PartitionSpec(None, None, "tp"))

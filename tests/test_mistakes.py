@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_kvpool import (
     DevicePool,
@@ -29,6 +30,8 @@ SPEC = PageSpec.uniform(4, 3, K_AND_V)
 LARGE = PageSpec.uniform(4, 80, K_AND_V)
 LARGE_FP8 = PageSpec.uniform(4, 80, K_AND_V | {"k": ((2, 8), "float8_e4m3fn"), "scale": ((), "float32")})
 ONE = np.zeros(1, np.int32)
+MESH = Mesh(np.array(jax.devices("cpu")[:2]), ("tp",))
+SHARDING = NamedSharding(MESH, PartitionSpec())
 
 
 def step(pool, host, device_pages=ONE, host_pages=ONE, op=load, **options):
@@ -375,6 +378,64 @@ MISTAKES = {
         ),
         NotImplementedError,
         "load and store cannot be differentiated",
+    ),
+    # Devices
+    "a device by name": (
+        lambda p, h: HostPool.create(SPEC, 3, device="cuda:0"),
+        TypeError,
+        "device: expected a jax.Device, got 'cuda:0' (str); pass one of jax.local_devices()",
+    ),
+    "a platform as a device": (lambda p, h: DevicePool.create(SPEC, 3, device="cpu"), TypeError, "got 'cpu' (str)"),
+    "a device by number": (
+        lambda p, h: host_ids([1], device=0),
+        TypeError,
+        "device: expected a jax.Device, got 0 (int)",
+    ),
+    "devices in a list": (
+        lambda p, h: HostPool.create(SPEC, 3, device=jax.devices()),
+        TypeError,
+        "for several devices pass mesh=, a jax.sharding.Mesh",
+    ),
+    "a mesh as a device": (
+        lambda p, h: host_ids([1], device=MESH),
+        TypeError,
+        "device: expected a jax.Device, got Mesh",
+    ),
+    "a mesh for arrays": (
+        lambda p, h: DevicePool.create(SPEC, 3, device=MESH),
+        TypeError,
+        "pass sharding=, a jax.shar",
+    ),
+    "a sharding as a device": (
+        lambda p, h: DevicePool.create(SPEC, 3, device=SHARDING),
+        TypeError,
+        "pass sharding=, a",
+    ),
+    "a sharding as a mesh": (
+        lambda p, h: HostPool.create(SPEC, 3, mesh=SHARDING),
+        TypeError,
+        "sharding's own, sharding.m",
+    ),
+    "a device as a mesh": (lambda p, h: host_ids([1], mesh=jax.devices()[0]), TypeError, "pass one device as device="),
+    "a device as a sharding": (
+        lambda p, h: DevicePool.create(SPEC, 3, sharding=jax.devices()[0]),
+        TypeError,
+        "sharding: expected a jax.sharding.Sharding, got CpuDevice(id=0) (Device); pass one device as device=",
+    ),
+    "a partition as a sharding": (
+        lambda p, h: DevicePool.create(SPEC, 3, sharding=PartitionSpec()),
+        TypeError,
+        "a sharding is jax.sharding.NamedSharding(mesh, PartitionSpec(...))",
+    ),
+    "a device and a mesh": (
+        lambda p, h: HostPool.create(SPEC, 3, device=jax.devices()[0], mesh=MESH),
+        ValueError,
+        "device, mesh: expected one of them, got both",
+    ),
+    "a mesh of no devices": (
+        lambda p, h: HostPool.create(SPEC, 3, mesh=Mesh(np.array([], object), ("x",))),
+        ValueError,
+        "mesh: expected one with devices of this process",
     ),
     # Landed records
     "landed without a step": (

@@ -288,8 +288,8 @@ def test_inside_shard_map(devices, layout, mover_of_layers):
     axes = (None, None, None, "tp") if layout == "stacked" else (None, None, "tp")
     sharding = NamedSharding(mesh, PartitionSpec(*axes))
     spec = PageSpec.uniform(4, LAYERS, {"k": ((2, 16), "int32")})
-    pool = DevicePool.create(spec, DEVICE_PAGES, layout, device=sharding)
-    host = HostPool.create(spec, 2 * HOST_PAGES, device=mesh)  # to load from, then to store into
+    pool = DevicePool.create(spec, DEVICE_PAGES, layout, sharding=sharding)
+    host = HostPool.create(spec, 2 * HOST_PAGES, mesh=mesh)  # to load from, then to store into
     for shard in range(len(devices)):
         for page in range(HOST_PAGES):
             for (_, layer), slab in host.view(page, shard=shard, writable=True).items():
@@ -317,7 +317,7 @@ def test_inside_shard_map(devices, layout, mover_of_layers):
         ),
         donate_argnums=1,
     )
-    make_ids = np.asarray if mover_of_layers == "kernel" else functools.partial(host_ids, device=mesh)
+    make_ids = np.asarray if mover_of_layers == "kernel" else functools.partial(host_ids, mesh=mesh)
     rng = np.random.default_rng(0)
     x = jax.device_put(np.zeros(len(devices), np.int32), NamedSharding(mesh, of_shards))
     stored_in_step = np.zeros(HOST_PAGES, np.int32)

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, DevicePool, HostPool, PageSpec, _cpu, load, plan
-from jax_kvpool._runtime import register_targets
 from jax_kvpool.plan import TRACED_LAYER, copy_plan
 
 EXTREMES = [0, 1, -1, 233, 4095, 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**63 - 1, -(2**31), -(2**63)]
@@ -212,7 +211,6 @@ SMALL = PageSpec.uniform(1, 1, {"k": ((4,), "uint8")})
 
 def test_through_the_handler(device):
     """What a cached or exported program may bring."""
-    register_targets()
     pool, host = DevicePool.create(SMALL, 2, device=device), HostPool.create(SMALL, 2, device=device)
     good = copy_plan(SMALL, pool.layout, 2, host.layout, 2, (SMALL.layers,)).integers
     for integers in ([], good[:4], good[1:], good[:-1], [*good, 0], [good[0], 2, 2, *good[3:4], -(2**63), *good[5:]]):
@@ -224,7 +222,6 @@ def test_through_the_handler(device):
 
 def load_without_memory():
     """A plan of so many copies that there is no memory to read it."""
-    register_targets()
     pool, host = DevicePool.create(SMALL, 2), HostPool.create(SMALL, 2)
     *head, num_copies = (good := copy_plan(SMALL, pool.layout, 2, host.layout, 2, (SMALL.layers,)).integers)[:-16]
     assert num_copies == 1

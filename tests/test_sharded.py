@@ -24,7 +24,7 @@ def pools(devices, rng):
     arrays = {n: [jax.device_put(content[i, layer], heads) for layer in range(3)] for i, n in enumerate("kv")}
     spec = PageSpec.uniform(4, 3, dict.fromkeys("kv", ((HEADS_PER_DEVICE, 8), "float32")))
     device = DevicePool.wrap(arrays, spec)
-    host = HostPool.create(device.spec, 5, device=mesh)
+    host = HostPool.create(device.spec, 5, mesh=mesh)
     return mesh, content, device, host
 
 
@@ -36,7 +36,7 @@ def sharded(mesh, device, host, function, num_ids=2):
 
 def ids_for(mover, mesh, *ids):
     """The ids as this mover wants them."""
-    return [np.array(i, np.int32) if mover == "kernel" else host_ids(i, device=mesh) for i in ids]
+    return [np.array(i, np.int32) if mover == "kernel" else host_ids(i, mesh=mesh) for i in ids]
 
 
 def targets_of(text):
@@ -92,7 +92,7 @@ def test_a_mesh_of_two_axes(devices, shape, mover):
     sharding = NamedSharding(mesh, PartitionSpec("dp", None, "tp"))
     device = DevicePool.wrap({"k": [jax.device_put(arrays, sharding)]}, spec)
     assert device.num_pages == 3
-    host = HostPool.create(device.spec, 2, device=mesh)
+    host = HostPool.create(device.spec, 2, mesh=mesh)
 
     def step(device, host, source, host_page, target):
         return load(store(device, host, source, host_page), host, target, host_page)
@@ -138,7 +138,7 @@ def test_a_replicated_pool_over_different_host_pools_is_refused(op):
     replicated = NamedSharding(mesh, PartitionSpec())
     spec = PageSpec.uniform(4, 1, {"k": ((2, 8), "float32")})
     device = DevicePool.wrap({"k": [jax.device_put(np.ones((PAGES, 4, 2, 8), np.float32), replicated)]}, spec)
-    host = HostPool.create(device.spec, 5, device=mesh)
+    host = HostPool.create(device.spec, 5, mesh=mesh)
     ids = np.array([1], np.int32)
     specs = PartitionSpec(), jax.tree.map(lambda a: a.sharding.spec, host)
 

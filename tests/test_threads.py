@@ -29,10 +29,10 @@ class Worker:
         self._mesh, self._host, self._first_page, self._layout = mesh, host, first_page, layout
         heads = PartitionSpec(*[None] * (3 if layout == "stacked" else 2), "tp")
         sharding = NamedSharding(mesh, heads) if mesh.size > 1 else mesh.devices.flat[0]
-        self._pool = DevicePool.create(spec, PAGES, layout, device=sharding)
+        self._pool = DevicePool.create(spec, PAGES, layout, sharding=sharding)
         self._versions = Versions(1, PAGES, seed=thread, first=thread * OF_THREADS)
         fill(host, self._versions.host, first_page)
-        self._make_ids = functools.partial(host_ids, device=mesh) if by_engine else np.asarray
+        self._make_ids = functools.partial(host_ids, mesh=mesh) if by_engine else np.asarray
         of_shards = NamedSharding(mesh, PartitionSpec("tp")) if mesh.size > 1 else mesh.devices.flat[0]
         self._wrong = jax.device_put(np.zeros(mesh.size, np.int32), of_shards)
         self._beside = self._jitted(self._run_beside, num_replicated=3)
@@ -141,9 +141,9 @@ def test_two_threads(platform, place, host_pools, mover_of_layers):
     spec, num_steps = (SMALL, 30) if platform == "cpu" else (LARGE, 150)
     meshes = [Mesh(np.array(of_thread), ("tp",)) for of_thread in PLACES[place](devices)]
     if host_pools == "own":
-        hosts, first_pages = [HostPool.create(spec, PAGES, device=mesh) for mesh in meshes], [0, 0]
+        hosts, first_pages = [HostPool.create(spec, PAGES, mesh=mesh) for mesh in meshes], [0, 0]
     else:
-        hosts, first_pages = [HostPool.create(spec, 2 * PAGES, device=meshes[0])] * 2, [0, PAGES]
+        hosts, first_pages = [HostPool.create(spec, 2 * PAGES, mesh=meshes[0])] * 2, [0, PAGES]
     by_engine = {"kernel": [False, False], "spans": [False, True], "slabs": [True, True]}[mover_of_layers]
     workers = [
         Worker(thread, meshes[thread], spec, hosts[thread], first_pages[thread], layout, by_engine[thread])
