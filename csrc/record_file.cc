@@ -97,7 +97,10 @@ FileResult ReadRecord(const std::string& path, std::span<char> record, bool is_d
 
 FileResult CreateRecord(const std::string& temporary, const std::string& path, int64_t bytes) {
   struct stat status;
-  if (lstat(path.c_str(), &status) == 0 && Length(status) == bytes) return Failed(EEXIST);
+  if (lstat(path.c_str(), &status) == 0 && Length(status) == bytes) {
+    utimensat(AT_FDCWD, path.c_str(), nullptr, AT_SYMLINK_NOFOLLOW);  // may fail: then it counts as older
+    return Failed(EEXIST);
+  }
   auto file = std::make_shared<OpenFile>();  // before there is a file that an exception would leave behind
   const int fd = Open(temporary, O_RDWR | O_CREAT | O_EXCL | kOpenFlags);
   if (fd < 0) return Failed(errno == EEXIST ? ESTALE : errno);

@@ -43,7 +43,7 @@ FileResult StatRecord(const std::string& path);
 FileResult ReadRecord(const std::string& path, std::span<char> record, bool is_direct);
 
 // Makes an empty file and locks it: what is not locked was left behind by somebody who died. EEXIST: `path` is a
-// regular file of `bytes` bytes, so there is no need for one. ESTALE: another name, please, since this one is taken, or
+// regular file of `bytes` bytes, so there is no need for one, and it is marked as used just now. ESTALE: another name, please, since this one is taken, or
 // somebody who cleans took it for left behind before the lock.
 FileResult CreateRecord(const std::string& temporary, const std::string& path, int64_t bytes);
 

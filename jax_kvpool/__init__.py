@@ -1,5 +1,8 @@
 """KV-cache pages between GPU and host memory, inside `jax.jit`."""
 
+import importlib
+from typing import Any
+
 from jax_kvpool import _runtime
 
 _runtime.require_runtime()
@@ -51,3 +54,10 @@ __all__ = [
     "run_layers",
     "store",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Subpackages come when they are used, since they need more than this one does."""
+    if name in ("cache", "stores", "testing"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,7 @@ __all__ = [
     "checked_seconds",
     "int_array",
     "is_staging",
+    "is_text",
     "is_within",
     "shown",
     "structure",
@@ -62,6 +63,15 @@ def structure(value: Any) -> str:
         missing = sum(part is None for part in value)
         return f"a {type(value).__name__} of {len(value)}" + (f", {missing} of them None" if missing else "")
     return "an array" if hasattr(value, "shape") else type(value).__name__
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can leave Python: lone surrogates, as `os.listdir` makes of names that are not UTF-8, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_staging() -> bool:

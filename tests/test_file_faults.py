@@ -308,3 +308,31 @@ def put_what_is_cleaned(directory, num_times, max_bytes):
 def test_who_cleans_may_be_faster_than_the_writer(run, num_times, max_bytes):
     """Between the making of a file in tmp/ and its lock."""
     run(put_what_is_cleaned, num_times, max_bytes)
+
+
+NOT_OURS = {
+    "of another user": lambda path: os.chown(path, 12345, -1),
+    "that all may write": lambda path: os.chmod(path, 0o777),
+    "that a group may write": lambda path: os.chmod(path, 0o770),
+}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives directories away")
+@pytest.mark.parametrize("part", ["", "tmp", "tmp/3", "7f"])
+@pytest.mark.parametrize("fault", NOT_OURS)
+def test_a_directory_into_which_others_could_put_records(tmp_path, fault, part):
+    files = Files(tmp_path)
+    files.open().close()
+    NOT_OURS[fault](files.home / part)
+    with pytest.raises(PermissionError, match="expected a directory of user 0 that nobody else may write, got one of"):
+        files.open()
+
+
+def test_a_directory_that_others_could_replace(tmp_path):
+    files = Files(tmp_path / "shared")
+    files.directory.mkdir()
+    files.directory.chmod(0o777)
+    with pytest.raises(PermissionError, match="or with the sticky bit, as /tmp, got one with mode 777"):
+        files.open()
+    files.directory.chmod(0o1777)
+    files.open().close()

@@ -194,3 +194,82 @@ def test_a_disk_without_room_for_a_record(files, monkeypatch):
             assert result.outcome is FAILED and "ENOSPC" in result.reason
         assert counted_bytes(files) == RECORD_BYTES and not files.temporaries()
         assert put(store, 1, 2) == [EXISTS, STORED]
+
+
+def many_records(files, num_records):
+    """Files as long as records, one older than the next; the store looks into none of them."""
+    for number in range(num_records):
+        path = files.path(number)
+        path.touch()
+        os.truncate(path, RECORD_BYTES)
+        os.utime(path, (number, number))
+
+
+@pytest.mark.parametrize("turn", [0, 0.1])
+def test_a_limit_that_is_lowered_a_hundredfold(files, monkeypatch, turn):
+    """The next put removes what is too much, the oldest, in one call; others have their turns meanwhile."""
+    monkeypatch.setattr(directory, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(directory, "_TURN_S", turn)
+    files.open(max_bytes=1000 * RECORD_BYTES).close()
+    many_records(files, 1000)
+    with files.open(max_bytes=10 * RECORD_BYTES) as store:
+        assert put(store, 5000) == [STORED]
+        assert kept(files, *range(1000)) == [*range(991, 1000)] and kept(files, 5000)
+        assert counted_bytes(files) == 10 * RECORD_BYTES
+
+
+def test_records_with_names_elsewhere_are_evicted(files, tmp_path_factory):
+    """After `cp -al`: they are counted as long as they have their names here."""
+    with files.open(max_bytes=4 * RECORD_BYTES) as store:
+        put(store, 1, 2, 3, 4)
+        for path in files.records():
+            os.link(path, tmp_path_factory.mktemp("copy") / path.name)
+        assert put(store, 5, 6) == [STORED] * 2
+        assert len(files.records()) == 4 and counted_bytes(files) == 4 * RECORD_BYTES
+        assert outcomes(store.remove(page_hashes(5, 6))) == [REMOVED] * 2
+        left = len(files.records())
+        assert left == 2 and counted_bytes(files) == left * RECORD_BYTES
+        (number,) = kept(files, 4)
+        assert outcomes(store.remove(page_hashes(number))) == [REMOVED]
+        assert counted_bytes(files) == RECORD_BYTES
+
+
+def test_a_record_that_has_just_got_its_name_stays(files, monkeypatch):
+    """As long as its writer has not removed the other one, of which it would not know that it counted."""
+    with files.open(max_bytes=RECORD_BYTES) as store:
+        put(store, 1)
+        temporary = files.home / "tmp" / "0" / ("0" * 32)
+        os.link(files.path(1), temporary)
+        with open(temporary) as writer:
+            fcntl.flock(writer, fcntl.LOCK_EX)
+            monkeypatch.setattr(directory, "_PATIENCE_S", 0.0)
+            (result,) = store.put(page_hashes(2), filled(1))
+            assert result.outcome is FAILED and "records that are being written" in result.reason
+            assert kept(files, 1) == [1]
+
+
+def test_files_that_cannot_be_removed_are_the_reason(files, monkeypatch):
+    unlink = os.unlink
+
+    def refuse(path, **options):
+        if os.path.dirname(path).rpartition("/")[0].endswith("/tmp"):
+            return unlink(path, **options)
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with files.open(max_bytes=RECORD_BYTES) as store:
+        put(store, 1)
+        monkeypatch.setattr(directory, "_PATIENCE_S", 0.0)
+        monkeypatch.setattr(os, "unlink", refuse)
+        (result,) = store.put(page_hashes(2), filled(1))
+        assert "files that cannot be removed: Operation not permitted" in result.reason
+
+
+@pytest.mark.parametrize(("use", "is_kept"), [("put", True), ("get", True), ("contains", False)])
+def test_what_makes_a_record_young(files, use, is_kept):
+    with files.open(max_bytes=3 * RECORD_BYTES) as store:
+        put(store, 1, 2, 3)
+        for number in (1, 2, 3):
+            os.utime(files.path(number), (number, number))
+        {"put": put, "get": get, "contains": has}[use](store, 1)
+        put(store, 4)
+        assert kept(files, 1, 2) == ([1] if is_kept else [2])

@@ -25,6 +25,10 @@ from jax_kvpool import (
     store,
 )
 
+pytest.importorskip("xxhash", reason="page stores need xxhash")
+
+from jax_kvpool.stores import FileStore, MemoryStore, Namespace
+
 K_AND_V = {"k": ((2, 8), "bfloat16"), "v": ((2, 8), "bfloat16")}
 SPEC = PageSpec.uniform(4, 3, K_AND_V)
 LARGE = PageSpec.uniform(4, 80, K_AND_V)
@@ -52,6 +56,10 @@ def closed(host):
 def donated(pool):
     step(pool, HostPool.create(SPEC, 2))
     return pool
+
+
+def names(host, model="a model"):
+    return Namespace(host.spec, host.layout, model)
 
 
 def used_by_the_model(compute):
@@ -436,6 +444,67 @@ MISTAKES = {
         lambda p, h: HostPool.create(SPEC, 3, mesh=Mesh(np.array([], object), ("x",))),
         ValueError,
         "mesh: expected one with devices of this process",
+    ),
+    # Stores
+    "a pool as a namespace": (
+        lambda p, h: FileStore(h, "/tmp/x"),
+        TypeError,
+        "namespace: expected a Namespace, got HostPool",
+    ),
+    "what makes a namespace": (
+        lambda p, h: MemoryStore(h),
+        TypeError,
+        "Namespace(host.spec, host.layout, model) makes",
+    ),
+    "a pool as a directory": (
+        lambda p, h: FileStore(names(h), h),
+        TypeError,
+        "directory: expected a path, got HostPool",
+    ),
+    "half a record at once": (
+        lambda p, h: FileStore(names(h), "/", depth=2.5),
+        TypeError,
+        "depth: expected an int, got",
+    ),
+    "a limit that is no number": (
+        lambda p, h: FileStore(names(h), "/", max_bytes=float("nan")),
+        TypeError,
+        "max_bytes: expected an int, got nan (float)",
+    ),
+    "a flag that is a text": (
+        lambda p, h: FileStore(names(h), "/", direct="no"),
+        TypeError,
+        "direct: expected a bool, g",
+    ),
+    "a namespace without a model": (lambda p, h: names(h, ""), ValueError, "model: expected a name, which UTF-8 can"),
+    "a model that is no text": (lambda p, h: names(h, 8), TypeError, "model: expected a str, got 8 (int)"),
+    "a model that leaves no Python": (lambda p, h: names(h, "llama-\udcff"), ValueError, "got 'llama-\\udcff'"),
+    "a namespace of a pool": (lambda p, h: Namespace(h, h.layout, "m"), TypeError, "pass its attribute spec"),
+    "a namespace of a name": (
+        lambda p, h: Namespace(SPEC, "page_first", "m"),
+        TypeError,
+        "layout: expected a Layout, go",
+    ),
+    "one key": (
+        lambda p, h: MemoryStore(names(h)).contains(b"1" * 32),
+        TypeError,
+        "keys: expected a list, one for each",
+    ),
+    "one buffer": (
+        lambda p, h: MemoryStore(names(h)).get([b"1" * 32], h.record(0, writable=True)),
+        TypeError,
+        "buffers: expected a list, one for each page, got an array uint8[4096]",
+    ),
+    "a record that has not landed": (
+        lambda p, h: MemoryStore(names(h)).put([b"1" * 32], [h.record(0, writable=True)]),
+        ValueError,
+        "buffers[0]: expected a record that has landed, from host.landed([page, ...], after=output)",
+    ),
+    "tokens as a key": (lambda p, h: MemoryStore(names(h)).contains([[1, 2]]), ValueError, "hashes of 16 to 32 bytes"),
+    "a result submitted": (
+        lambda p, h: (lambda store: store.submit(store.contains([])))(MemoryStore(names(h))),
+        TypeError,
+        "method: expected a method of the store, such as store.get, got []",
     ),
     # Landed records
     "landed without a step": (

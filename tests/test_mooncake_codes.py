@@ -49,6 +49,12 @@ def test_configuration_of_the_environment(tmp_path):
     ("changed", "match"),
     [
         ({"master_server_address": "host"}, "expected host:port, got 'host'"),
+        ({"master_server_address": "host:70000"}, "expected host:port, got 'host:70000'"),
+        ({"master_server_address": ":1"}, "expected host:port, got ':1'"),
+        ({"master_server_address": 1}, "master_server_address: expected a text, got 1"),
+        ({"device_name": 5}, "device_name: expected a text, got 5"),
+        ({"tenant_id": "a\0b"}, "tenant_id: expected a text"),
+        ({"local_hostname": "\udcff"}, "local_hostname: expected a text"),
         ({"protocol": ""}, "protocol: expected a text"),
         ({"local_hostname": None}, "local_hostname: expected a text"),
         ({"global_segment_size": 1000}, "at least 16 MiB, got 1000"),
@@ -353,3 +359,37 @@ def test_the_configuration_is_what_setup_gets(library):
     with MooncakeStore(namespace(), config) as store:
         assert store.connected
     assert library.calls[0] == ("setup", ("b", "c", 2**30, 2**20, "rdma", "mlx5_0", "fake://", {"tenant_id": "us"}))
+
+
+class Unclosable(Exception):
+    pass
+
+
+def test_a_client_that_cannot_be_closed(library, caplog):
+    """Its store replaces it and closes all the same: no thread of ours ends with it, and nobody waits for one."""
+    with Client("fake://", retry_s=0.01, timeout=0.5) as client:
+        library.answers["close"] = [Unclosable("no")] * 9
+        for _ in range(mooncake._MAX_FAULTS):
+            assert eventually(lambda: client.store.connected)
+            library.answers["batch_get_into"] = [[-800]]
+            assert client.get(1) == [FAILED]
+        assert eventually(lambda: client.store.connected and len(library.clients) == 2)
+        assert client.put(1) == [STORED]
+    assert sum("closing Mooncake's client: Unclosable: no" in line for line in caplog.messages) == 1
+    assert library.num_calls("close") == 2 and not client.store._connector.is_alive()
+
+
+def test_a_library_that_does_not_return(library, monkeypatch, caplog):
+    """While it connects: closing goes on without it."""
+    monkeypatch.setattr(mooncake, "_CLOSING_S", 0.05)
+    may_return = threading.Event()
+    library.before = lambda method: method == "batch_is_exist" and may_return.wait(20)
+    client = Client("fake://", retry_s=0.01, timeout=0.5)
+    library.answers["batch_get_into"] = [[-800]]
+    assert client.get(1) == [FAILED]
+    assert eventually(lambda: library.num_running == 1)
+    client.store.close()
+    assert any("has not returned for 0.05 s" in line for line in caplog.messages)
+    may_return.set()
+    client.store._connector.join(20)
+    assert not client.store._connector.is_alive() and library.num_calls("close") == 0

@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from jax_kvpool._check import MAX_INT32, checked_int
-from jax_kvpool.layout import Layout, PageSpec, fingerprint
+from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, is_text, shown
+from jax_kvpool.layout import Layout, PageSpec, check_spec, fingerprint
 from jax_kvpool.memory import HostMemory, has_landed
 from jax_kvpool.stores import trailer
 
@@ -46,8 +46,8 @@ class Namespace:
     Numbers are an int or anything with `__index__`, not a bool.
 
     Raises:
-      TypeError: a number is not an int.
-      ValueError: the layout has no records, or a number is out of range.
+      TypeError: a number is not an int, `model` no str, `spec` no `PageSpec`, `layout` no `Layout`.
+      ValueError: the layout has no records, a number is out of range, or `model` is empty or has lone surrogates.
     """
 
     spec: PageSpec
@@ -58,6 +58,9 @@ class Namespace:
     record: int = 0
 
     def __post_init__(self) -> None:
+        check_spec(self.spec)
+        checked_kind("layout", self.layout, Layout, "the host pool's own is in its attribute layout")
+        checked_kind("model", self.model, str, "name the model and its revision")
         for name in ("shard", "num_shards", "record"):
             object.__setattr__(self, name, checked_int(name, getattr(self, name)))
         if not self.layout.has_records:
@@ -66,8 +69,8 @@ class Namespace:
             raise ValueError(f"shard: expected 0 to {self.num_shards - 1}, got {self.shard}")
         if not 0 <= self.record < (n := len(self.layout.place(self.spec, 1).records)):
             raise ValueError(f"record: expected 0 to {n - 1}, got {self.record}")
-        if not self.model:
-            raise ValueError("model: expected a name, got ''")
+        if not self.model or not is_text(self.model):
+            raise ValueError(f"model: expected a name, which UTF-8 can encode, got {self.model!r:.80}")
 
     @property
     def record_bytes(self) -> int:
@@ -174,6 +177,7 @@ class PageStore(abc.ABC):
 
     def __init__(self, namespace: Namespace, *, num_threads: int = 4) -> None:
         num_threads = checked_int("num_threads", num_threads, 1, MAX_INT32)
+        checked_kind("namespace", namespace, Namespace, "Namespace(host.spec, host.layout, model) makes one")
         self.namespace: Final = namespace
         self.record_bytes: Final = namespace.record_bytes
         self.num_corrupt = 0
@@ -195,7 +199,7 @@ class PageStore(abc.ABC):
 
         `buffers`: of a host pool, records of `landed` or `unchecked_record`; `ValueError` for others, or what NumPy has
         made of others."""
-        for i, buffer in enumerate(buffers):
+        for i, buffer in enumerate(_checked_sequence("buffers", buffers)):
             if not has_landed(buffer):
                 raise ValueError(
                     f"buffers[{i}]: expected a record that has landed, from host.landed([page, ...], after=output), "
@@ -253,6 +257,8 @@ class PageStore(abc.ABC):
     def submit(self, method: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
         """Runs `method(*args)`, one of the above, on a thread of the store. Its buffers are borrowed until the future
         is done, also if nobody waits for it any more; what has not begun may be cancelled. `RuntimeError` if closed."""
+        if not callable(method):
+            raise TypeError(f"method: expected a method of the store, such as store.get, got {shown(method)}")
         self._refuse_after_fork()
         if self._is_closed:
             raise RuntimeError(f"{type(self).__name__} is closed")
@@ -321,17 +327,17 @@ class PageStore(abc.ABC):
         return Result(Outcome.MISSING, fault) if fault else Result(Outcome.FOUND)
 
     def _checked(self, keys: Sequence[bytes], buffers: Sequence[Buffer] | None = None) -> list[str]:
-        names = [self.namespace.key(key) for key in keys]
+        names = [self.namespace.key(key) for key in _checked_sequence("keys", keys)]
         if len(set(names)) != len(names):
             twice = next(name for name, count in collections.Counter(names).items() if count > 1)
             raise ValueError(f"keys: {twice} occurs twice")
         if buffers is None:
             return names
-        if len(buffers) != len(keys):
+        if len(_checked_sequence("buffers", buffers)) != len(keys):
             raise ValueError(f"buffers: expected {len(keys)}, one for each key, got {len(buffers)}")
         for i, buffer in enumerate(buffers):
             if not isinstance(buffer, np.ndarray) or buffer.dtype != np.uint8 or buffer.ndim != 1:
-                raise TypeError(f"buffers[{i}]: expected a 1-D array of uint8, got {buffer!r:.80}")
+                raise TypeError(f"buffers[{i}]: expected a 1-D array of uint8, got {shown(buffer)}")
             if buffer.size != self.record_bytes or not buffer.flags.c_contiguous:
                 raise ValueError(
                     f"buffers[{i}]: expected {self.record_bytes} contiguous bytes, a page record, got {buffer.size}"
@@ -398,6 +404,13 @@ class PageStore(abc.ABC):
                 self._logged.add(message)
         if is_new:
             _log.warning("%s: %s", type(self).__name__, message)
+
+
+def _checked_sequence(name: str, values: Any) -> Any:
+    """Raises `TypeError` for what is no sequence, one of bytes among it."""
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a list, one for each page, got {shown(values)}")
+    return values
 
 
 def _words(outcomes: set[Outcome]) -> list[str]:

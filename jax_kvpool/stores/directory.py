@@ -27,6 +27,7 @@ _OURS: Final = os.O_NOFOLLOW | os.O_NONBLOCK  # no link leads elsewhere, and a p
 _HASH: Final = re.compile(r"[0-9a-f]{32,64}")
 _USAGE: Final = struct.Struct("<q")
 _PATIENCE_S: Final = 10.0
+_TURN_S: Final = 0.1  # for which one process evicts before the others may have the lock
 
 
 class Directory:
@@ -40,11 +41,29 @@ class Directory:
         clean(path)
 
     def make(self) -> None:
-        """Makes all directories that are not there."""
+        """Makes all directories that are not there. `PermissionError` for one in which somebody else could put files,
+        or put another one in its place."""
         for path in (self.path, *(f"{self.path}/{name}" for name in ("tmp", *_TEMPORARY, *_SUBDIRECTORIES))):
             os.makedirs(path, 0o700, exist_ok=True)
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
+            status = os.lstat(path)
+            if not stat.S_ISDIR(status.st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, "expected a directory, not a link", path)
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise PermissionError(
+                    errno.EPERM,
+                    f"expected a directory of user {os.geteuid()} that nobody else may write, got one of user "
+                    f"{status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}",
+                    path,
+                )
+        parent = os.path.dirname(self.path)
+        mode = os.stat(parent).st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(
+                errno.EPERM,
+                "expected a directory that others may not write, or with the sticky bit, as /tmp, got one with mode "
+                f"{stat.S_IMODE(mode):o}",
+                parent,
+            )
 
     def path_of(self, name: str) -> str:
         """Of a record."""
@@ -62,10 +81,12 @@ class Directory:
         return "" if num_bytes == self._record_bytes else f"{num_bytes} bytes instead of {self._record_bytes}"
 
     def has(self, path: str) -> bool:
-        """Whether there may be a record. Something else that has its path is removed."""
+        """Whether there may be a record, which counts as used just now. Something else that has its path is removed."""
         try:
             status = os.lstat(path)
             if not self.fault(status.st_size if stat.S_ISREG(status.st_mode) else -1):
+                with contextlib.suppress(OSError):
+                    os.utime(path, follow_symlinks=False)
                 return True
             self.unlink(path)
         except FileNotFoundError:
@@ -164,6 +185,8 @@ class Limit:
         self._mutex = threading.Lock()
         self._last_refusal = -math.inf
         self._oldest: list[tuple[int, str]] | None = None  # times and paths, the oldest at the end; None: no scan yet
+        self._num_evicted = 0
+        self._fault = ""  # why there was no room
 
     def _deadline(self) -> float:
         """Of a wait: none, right after one that was in vain, so that a batch waits once."""
@@ -171,10 +194,12 @@ class Limit:
         return now if now - self._last_refusal < 1 else now + _PATIENCE_S
 
     def take(self, fd: int) -> None:
-        """Makes room for a record and takes it for this empty file, which is as long as one from then on."""
+        """Makes room for a record and takes it for this empty file, which is as long as one from then on. As long as
+        it finds something to evict it goes on, the limit being less than it was, and lets others have their turns."""
         deadline = self._deadline()
         while True:
             with self._locked() as usage:
+                before = self._num_evicted
                 if self._has_room(usage):
                     usage[0] += self._record_bytes  # first: who is interrupted here has counted too much
                     try:
@@ -183,38 +208,56 @@ class Limit:
                         usage[0] -= self._record_bytes
                         raise
                     return
-            if time.monotonic() >= deadline:
+            if self._num_evicted > before:
+                deadline = time.monotonic() + _PATIENCE_S
+            elif time.monotonic() >= deadline:
                 self._last_refusal = time.monotonic()
-                raise OSError(errno.ENOSPC, "max_bytes are taken by records that are being written")
+                raise OSError(errno.ENOSPC, f"max_bytes are taken by {self._fault}")
             time.sleep(1e-3)
 
     def unlink(self, path: str) -> None:
         with self._locked() as usage:
-            self._unlink(path, os.lstat(path), usage)
+            status = os.lstat(path)
+            is_last = self._is_last_name(status)
+            os.unlink(path)
+            if is_last:
+                usage[0] -= status.st_size
 
     def _has_room(self, usage: list[int]) -> bool:
+        """Whether there is some, if need be after evicting what is oldest, for a turn."""
+        end = time.monotonic() + _TURN_S
         has_scanned = self._oldest is None
         if self._oldest is None:
             self._oldest = self._scan(usage)
+        self._fault = "records that are being written"
         while usage[0] + self._record_bytes > self._max_bytes:
             if self._oldest:
                 modified, path = self._oldest.pop()
-                with contextlib.suppress(OSError):  # not there any more, or not ours to remove
+                try:
                     status = os.lstat(path)
-                    # One with two names is new: its writer is about to remove that in tmp/, which would not be counted.
-                    if status.st_mtime_ns == modified and status.st_nlink == 1:
-                        self._unlink(path, status, usage)
+                    if status.st_mtime_ns == modified and self._is_last_name(status):
+                        os.unlink(path)
+                        usage[0] -= status.st_size
+                        self._num_evicted += 1
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    self._fault = f"files that cannot be removed: {error.strerror}"
+                if time.monotonic() > end:
+                    break
             elif has_scanned:
                 return False
             else:
                 self._oldest = self._scan(usage)
                 has_scanned = True
-        return True
+        return usage[0] + self._record_bytes <= self._max_bytes
 
-    def _unlink(self, path: str, status: os.stat_result, usage: list[int]) -> None:
-        os.unlink(path)
-        if status.st_nlink == 1:
-            usage[0] -= status.st_size
+    def _is_last_name(self, status: os.stat_result) -> bool:
+        """Whether a file is not counted any more without this name. A record whose writer is about to remove its name
+        in tmp/ is, until then; one with a name somewhere else (`cp -al`) is not."""
+        return status.st_nlink == 1 or all(
+            entry.inode() != status.st_ino for entry in _files(self._directory, _TEMPORARY)
+        )
 
     def _scan(self, usage: list[int]) -> list[tuple[int, str]]:
         sizes = clean(self._directory)  # by file: one may get its name during the scan, and counts once
@@ -226,7 +269,8 @@ class Limit:
                 found.append((status.st_mtime_ns, entry.path))
         usage[0] = sum(sizes.values())
         found.sort()
-        return found[len(found) // 8 + 64 :: -1]
+        too_many = -(-(usage[0] + self._record_bytes - self._max_bytes) // self._record_bytes)
+        return found[: max(len(found) // 8 + 64, too_many)][::-1]
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
-from jax_kvpool._check import MAX_INT32, checked_int
+from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, shown
 from jax_kvpool._files import Done, FileQueue, OpenFile, is_cached
 from jax_kvpool.stores.base import Buffer, Namespace, Outcome, PageStore, Result
 from jax_kvpool.stores.directory import NOT_REGULAR, Directory
@@ -53,13 +53,16 @@ class FileStore(PageStore):
     ones. A process that dies loses none. Files are readable for their owner only.
 
     With `max_bytes` a put first removes what was not got or put for the longest time, by the files' times of
-    modification, which every get sets: so the order survives restarts. The limit is one namespace's, and holds at every
-    moment between processes that all have it. It takes a scan of all names and times at the first put, later one for
-    each eighth of the records that is evicted (100,000 records: 0.35 s).
+    modification, which every get sets, and every put, also of what EXISTS; `contains` does not. So the order survives
+    restarts. The limit is one namespace's, and holds at every moment between processes that all have it. It takes a
+    scan of all names and times at the first put, later one for each eighth of the records that is evicted (100,000
+    records: 0.35 s). The first put after the limit was lowered removes all that is too much, and takes the time for
+    that.
 
     Args:
       namespace: what its pages are.
-      directory: made if it is not there. Several namespaces may share it.
+      directory: made if it is not there. Several namespaces may share it. The namespace's own directory, in it, belongs
+        to this process's user, and nobody else may write into it.
       direct: use O_DIRECT where possible.
       max_bytes: of this namespace's records; no limit by default.
       sync: flush each record, and its name, before a put returns.
@@ -68,9 +71,10 @@ class FileStore(PageStore):
       num_threads: threads of `submit`.
 
     Raises:
-      TypeError: `max_bytes`, `depth` or `num_threads` is not an int.
+      TypeError: `max_bytes`, `depth` or `num_threads` is not an int, `direct` or `sync` no bool, `directory` no path,
+        `namespace` no `Namespace`.
       ValueError: `max_bytes` is less than a record, or `depth` less than 1.
-      OSError: the directory cannot be made or is not one.
+      OSError: the directory cannot be made, is not one, or others could put records there.
     """
 
     _checks_records: ClassVar[bool] = True
@@ -86,6 +90,10 @@ class FileStore(PageStore):
         depth: int = 8,
         num_threads: int = 4,
     ) -> None:
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(f"directory: expected a path, got {shown(directory)}")
+        for name, flag in (("direct", direct), ("sync", sync)):
+            checked_kind(name, flag, bool, "pass True or False")
         super().__init__(namespace, num_threads=num_threads)
         depth = checked_int("depth", depth)
         if not 1 <= depth <= MAX_INT32:

@@ -60,6 +60,7 @@ _LOST: Final = (_TRANSFER_FAILED, -900, -901)
 _PROBE_S: Final = 1.0
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.02, 0.5  # between tries of a call
 _MAX_RETRY_S: Final = 10.0  # between tries to connect
+_CLOSING_S: Final = 60.0  # that `close` waits for a try to connect, which takes the library 9 s
 _NAMES_PER_CALL: Final = 1024
 _BYTES_PER_CALL: Final = 64 * 2**20  # so that a deadline, and the lease of a page that is read, last for a call
 # Pages of a call of the library, and calls at once. After 60 s it abandons the transfers of a call, but still does them
@@ -136,9 +137,10 @@ class MooncakeStore(PageStore):
         self._memories: tuple[tuple[int, int, Buffer], ...] = ()
         self._closing = threading.Event()
         self._retry_s = retry_s
-        self._connector: threading.Thread | None = None
-        if not self._connect():
-            self._start_connecting()
+        # It waits until the store is down. Started here, where a system without threads can still be an error.
+        self._connector = threading.Thread(target=self._stay_connected, name="MooncakeStore connects", daemon=True)
+        self._connect()
+        self._connector.start()
         atexit.register(self.close)  # while threads still run
 
     @property
@@ -235,12 +237,14 @@ class MooncakeStore(PageStore):
 
     def _close(self) -> None:
         atexit.unregister(self.close)
-        self._closing.set()
-        if self._connector is not None:
-            self._connector.join()
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        with self._state:
+            self._closing.set()
+            self._state.notify_all()
+        self._connector.join(_CLOSING_S)
+        if self._connector.is_alive():
+            self._warn(f"Mooncake's library has not returned for {_CLOSING_S:g} s: its client is not closed")
+            return
+        self._close_client()
         self._memories = ()
 
     # ---- what callers may not do ----
@@ -350,23 +354,20 @@ class MooncakeStore(PageStore):
             if not self._is_down:
                 self._is_down, self._fault = True, _reason(code)
                 self._state.notify_all()
-                self._start_connecting()
             if is_abandoned:
                 self._state.wait_for(lambda: self._client is not client)
 
-    def _start_connecting(self) -> None:
-        self._connector = threading.Thread(target=self._connect_again, name="MooncakeStore connects", daemon=True)
-        self._connector.start()
-
-    def _connect_again(self) -> None:
+    def _stay_connected(self) -> None:
+        """On the connector's thread, which whatever the library raises does not end."""
         while True:
+            with self._state:
+                self._state.wait_for(lambda: self._is_down or self._closing.is_set())
             self._release_stale_client()
             if self._closing.wait(self._retry_s):
                 return
             self._retry_s = min(2 * self._retry_s, max(self.retry_s, _MAX_RETRY_S))
             try:
-                if self._connect():
-                    return
+                self._connect()
             except Exception as error:
                 self._stay_down(f"{type(error).__name__}: {error}")
 
@@ -376,29 +377,39 @@ class MooncakeStore(PageStore):
                 return
             self._state.wait_for(lambda: self._num_users == 0)
         with self._registering:
-            self._client.close()
+            self._close_client()
             with self._state:
-                self._client, self._is_stale, self._num_faults = None, False, 0
-                self._state.notify_all()
+                self._is_stale, self._num_faults = False, 0
 
-    def _connect(self) -> bool:
-        """Whether the store is there, with the client of before if there is one: it finds a new master by itself."""
-        address = self.config.master_server_address
-        if "://" not in address and (fault := _probe(address)):
-            return self._stay_down(f"no master at {address}: {fault}")
-        if self._client is None:
-            client = self._new_client()
-            if isinstance(client, str):
-                return self._stay_down(client)
-        elif (code := self._client.batch_is_exist([f"{self.namespace}-"])[0]) < 0:
-            return self._stay_down(_reason(code))
+    def _close_client(self) -> None:
+        """When nobody uses it."""
+        client = self._client
+        if client is not None:
+            try:
+                client.close()
+            except Exception as error:  # its destructor closes it, too
+                self._warn(f"closing Mooncake's client: {type(error).__name__}: {error}")
         with self._state:
-            is_connected = not self._is_stale
-            self._is_down = not is_connected
-        return is_connected
+            self._client = None
+            self._state.notify_all()
 
-    def _new_client(self) -> Any:
-        """Sets `_client`, or returns why not."""
+    def _connect(self) -> None:
+        """With the client of before if there is one: it finds a new master by itself."""
+        address, fault = self.config.master_server_address, ""
+        if "://" not in address and (unreachable := _probe(address)):
+            fault = f"no master at {address}: {unreachable}"
+        elif self._client is None:
+            fault = self._set_client()
+        elif (code := self._client.batch_is_exist([f"{self.namespace}-"])[0]) < 0:
+            fault = _reason(code)
+        if fault:
+            self._stay_down(fault)
+            return
+        with self._state:
+            self._is_down = self._is_stale
+
+    def _set_client(self) -> str:
+        """Sets `_client` to a new one, or returns why not."""
         client, config = _library()(), self.config
         code = client.setup(
             config.local_hostname,
@@ -418,12 +429,11 @@ class MooncakeStore(PageStore):
                     client.close()
                     return f"Mooncake does not register {end - begin} bytes: {_reason(code)}"
             self._client = client
-        return client
+        return ""
 
-    def _stay_down(self, fault: str) -> bool:
+    def _stay_down(self, fault: str) -> None:
         self._fault = fault
         self._warn(fault)
-        return False
 
 
 @functools.cache
@@ -448,7 +458,7 @@ def _probe(address: str) -> str:
         with socket.create_connection((host.strip("[]"), int(port)), _PROBE_S) as connection:
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no host is called so
         return str(error)
     return ""
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Self
 
-from jax_kvpool._check import checked_int
+from jax_kvpool._check import checked_int, is_text, shown
 
 __all__ = ["MooncakeConfig"]
 
@@ -58,14 +58,25 @@ class MooncakeConfig:
     tenant_id: str = "default"
 
     def __post_init__(self) -> None:
-        address = self.master_server_address
-        if "://" not in address and not address.rpartition(":")[2].isdecimal():
-            raise ValueError(f"master_server_address: expected host:port, got {address!r}")
-        for name in ("local_hostname", "metadata_server", "protocol"):
-            if not isinstance(value := getattr(self, name), str) or not value:
-                raise ValueError(f"{name}: expected a text, got {value!r}")
-        object.__setattr__(self, "protocol", self.protocol.strip().lower())
         object.__setattr__(self, "device_name", self.device_name or "")
+        for name in (
+            "master_server_address",
+            "local_hostname",
+            "metadata_server",
+            "protocol",
+            "device_name",
+            "tenant_id",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not is_text(value) or "\0" in value:
+                raise ValueError(f"{name}: expected a text, got {shown(value)}")
+            if not value and name not in ("device_name", "tenant_id"):
+                raise ValueError(f"{name}: expected a text, got ''")
+        address = self.master_server_address
+        host, _, port = address.rpartition(":")
+        if "://" not in address and not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(f"master_server_address: expected host:port, got {address!r}")
+        object.__setattr__(self, "protocol", self.protocol.strip().lower())
         for name in ("global_segment_size", "local_buffer_size"):
             object.__setattr__(self, name, _num_bytes(name, getattr(self, name)))
         if 0 < self.global_segment_size < _MIN_SEGMENT:

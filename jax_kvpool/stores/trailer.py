@@ -22,9 +22,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from jax_kvpool.layout import RECORD_TRAILER_BYTES
+
+try:
+    import xxhash
+except ImportError as error:
+    raise ImportError("jax_kvpool.stores needs xxhash: pip install 'jax_kvpool[stores]'") from error
 
 if TYPE_CHECKING:
     from jax_kvpool.stores.base import Namespace
