@@ -1,6 +1,7 @@
 """Two servers, each a process of its own, share the KV of a prompt through a page store, one key a page.
 
-    python examples/shared_prefix.py                       # Mooncake Store on this machine, started and ended
+    python examples/shared_prefix.py                       # Mooncake Store on this machine, started and ended, or files
+                                                           # where it is not installed
     python examples/shared_prefix.py --master HOST:PORT    # one that runs already
     python examples/shared_prefix.py --directory DIR       # files instead
     python examples/shared_prefix.py --model 8b --prompt 8192   # for a GPU
@@ -20,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -122,7 +124,7 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def mooncake(segment_bytes: int) -> Iterator[str]:
+def mooncake_store(segment_bytes: int) -> Iterator[str]:
     """A master and a process that lends it memory, on this machine; gives the master's address."""
     with contextlib.ExitStack() as stack:
 
@@ -165,13 +167,30 @@ time.sleep(1e9)
 """Storage in a process of its own: pages outlive the servers."""
 
 
+@contextlib.contextmanager
+def store_of(args: argparse.Namespace, num_bytes: int) -> Iterator[list[str]]:
+    """The options that say where the pages go: what was asked for, else a Mooncake Store, else files."""
+    if args.directory or args.master:
+        yield ["--directory", str(args.directory)] if args.directory else ["--master", args.master]
+        return
+    try:
+        import mooncake.store  # noqa: F401
+    except ImportError as error:
+        print(f"no Mooncake here ({error}): files instead")
+        with tempfile.TemporaryDirectory() as directory:
+            yield ["--directory", directory]
+    else:
+        with mooncake_store(num_bytes) as address:
+            yield ["--master", address]
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     option = parser.add_argument
     option("--model", choices=MODELS, default="tiny", help="(default: tiny)")
     option("--prompt", type=int, default=4096, help="tokens (default: 4096)")
     option("--page-size", type=int, default=64, help="tokens a page (default: 64)")
-    option("--master", help="host:port of a mooncake_master that runs (default: starts one)")
+    option("--master", help="host:port of a mooncake_master that runs (default: starts one, if installed)")
     option("--directory", type=Path, help="keep the pages in files there instead")
     option("--json", type=Path, help="a file to write the results to")
     option("--role", choices=["first", "second"], help=argparse.SUPPRESS)
@@ -185,9 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     page_bytes = MODELS[args.model].page_spec(args.page_size).payload_bytes
     num_bytes = 2 * (args.prompt // args.page_size + 16) * (page_bytes + 4096)
-    is_given = args.master or args.directory
-    with contextlib.nullcontext(args.master) if is_given else mooncake(max(num_bytes, 64 << 20)) as master:
-        where = ["--directory", str(args.directory)] if args.directory else ["--master", master]
+    with store_of(args, max(num_bytes, 64 << 20)) as where:
+        print(f"pages go by way of {where[0].removeprefix('--')} {where[1]}")
         options = ["--model", args.model, "--prompt", str(args.prompt), "--page-size", str(args.page_size), *where]
         first, second = (
             json.loads(

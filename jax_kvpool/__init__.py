@@ -1,8 +1,5 @@
 """KV-cache pages between GPU and host memory, inside `jax.jit`."""
 
-import importlib
-from typing import Any
-
 from jax_kvpool import _runtime
 
 _runtime.require_runtime()
@@ -56,8 +53,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Subpackages come when they are used, since they need more than this one does."""
-    if name in ("cache", "stores", "testing"):
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    return _runtime.subpackage(name)

@@ -13,9 +13,15 @@ from typing import Final
 
 import jax
 
-from jax_kvpool import _cpu
+if importlib.util.find_spec("jax_kvpool._cpu") is None:
+    raise ImportError(
+        f"jax_kvpool: {Path(__file__).parent} has no extension module for this Python, as in a source tree that was not "
+        "built: pip install . there and start Python in another directory, or pip install -e ."
+    )
 
-__all__ = ["cuda_module", "register_targets", "require_copy_engine", "require_runtime"]
+from jax_kvpool import _cpu  # noqa: E402
+
+__all__ = ["cuda_module", "register_targets", "require_copy_engine", "require_runtime", "subpackage"]
 
 LOAD_TARGET = "jax_kvpool_load"
 STORE_TARGET = "jax_kvpool_store"
@@ -42,6 +48,14 @@ def require_runtime() -> None:
             f"jax_kvpool was built for XLA FFI {built[0]}.{built[1]}, but jaxlib {jaxlib} provides "
             f"{runtime[0]}.{runtime[1]}: install a newer jax and jaxlib, or build jax_kvpool with this one"
         )
+
+
+def subpackage(name: str) -> ModuleType:
+    """A part of the package that is imported when it is used, since it needs more than the rest. `AttributeError` for
+    what is none."""
+    if name not in ("cache", "stores", "testing"):
+        raise AttributeError(f"module 'jax_kvpool' has no attribute {name!r}")
+    return importlib.import_module(f"jax_kvpool.{name}")
 
 
 @functools.cache

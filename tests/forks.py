@@ -31,7 +31,7 @@ for line in sys.stdin:
 def process_of(module, **environment):
     """A process for functions of a module of tests."""
     with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", PROCESS, str(Path(__file__).parent), module],
+        [sys.executable, "-P", "-W", "ignore", "-c", PROCESS, str(Path(__file__).parent), module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

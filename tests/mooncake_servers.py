@@ -21,7 +21,7 @@ def missing():
     if importlib.util.find_spec("mooncake") is None:
         return "mooncake-transfer-engine-non-cuda is not installed"
     probe = subprocess.run(
-        [sys.executable, "-c", "import mooncake.store"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-P", "-c", "import mooncake.store"], capture_output=True, text=True, timeout=60, check=False
     )
     return probe.stderr.strip().rpartition("\n")[2]
 

@@ -133,18 +133,22 @@ def test_a_host_pool_that_is_too_small():
     assert checked.cache.num_evicted > 0
 
 
-@pytest.mark.parametrize("where", ["files", "mooncake"])
-def test_two_servers_share_a_prefix(where, tmp_path, capsys):
+@pytest.mark.parametrize("where", ["files", "mooncake", "files instead"])
+def test_two_servers_share_a_prefix(where, tmp_path, capsys, monkeypatch):
     """All pages come from the store, and all answers are equal: the program fails otherwise."""
     pytest.importorskip("xxhash")
     import shared_prefix
 
     if where == "mooncake" and (reason := mooncake_servers.missing()):
         pytest.skip(reason)
+    if where == "files instead":
+        monkeypatch.setitem(sys.modules, "mooncake.store", None)
     options = ["--directory", str(tmp_path / "pages")] if where == "files" else []
     path = tmp_path / "results.json"
     assert shared_prefix.main(["--prompt", "256", "--page-size", "16", "--json", str(path), *options]) == 0
-    assert "all four answers are equal" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "all four answers are equal" in output
+    assert ("pages go by way of master" if where == "mooncake" else "pages go by way of directory") in output
     results = json.loads(path.read_text())
     assert results["first"]["num_found"] == 0
     assert results["second"]["num_found"] == results["second"]["num_pages"] == 16

@@ -60,6 +60,6 @@ def test_a_process_ends_beside_daemon_threads(work, tmp_path):
     for _ in range(5):
         arguments = [str(Path(__file__).parent), work, str(0.02 + 0.1 * rng.random()), str(tmp_path)]
         ended = subprocess.run(
-            [sys.executable, "-c", DAEMONS, *arguments], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-P", "-c", DAEMONS, *arguments], capture_output=True, text=True, timeout=60, check=False
         )
         assert ended.returncode == 0, ended.stderr

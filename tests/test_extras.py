@@ -13,7 +13,7 @@ for name in sys.argv[1:]:
 
 
 def run(code, *hidden):
-    command = [sys.executable, "-c", HIDE + code, *hidden]
+    command = [sys.executable, "-P", "-c", HIDE + code, *hidden]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -32,7 +32,11 @@ def test_the_core_needs_no_extra():
 @pytest.mark.parametrize(
     ("code", "hidden", "says"),
     [
-        ("import jax_kvpool\njax_kvpool.stores", "xxhash", "jax_kvpool.stores needs xxhash: pip install 'jax_kvpool[st"),
+        (
+            "import jax_kvpool\njax_kvpool.stores",
+            "xxhash",
+            "jax_kvpool.stores needs xxhash: pip install 'jax_kvpool[st",
+        ),
         ("import jax_kvpool.testing", "pytest", "jax_kvpool.testing needs pytest: pip install 'jax_kvpool[test]'"),
         ("from jax_kvpool.testing import stores", "hypothesis", "jax_kvpool.testing needs hypothesis: pip install"),
         (

@@ -91,7 +91,9 @@ def test_keys_are_computed_when_asked_for_of_the_tokens_that_were_given():
 
 def test_every_process_has_the_same():
     program = "from jax_kvpool.cache import page_keys; print([k.hex() for k in page_keys(range(9), 3, salt=b's')])"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
     assert found.stdout.strip() == str([key.hex() for key in page_keys(range(9), 3, salt=b"s")])
 
 

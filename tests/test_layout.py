@@ -85,7 +85,9 @@ def test_fingerprint_is_the_same_everywhere_and_always():
         "from jax_kvpool import *; kv = ((8, 128), 'bfloat16');"
         "print(fingerprint(PageSpec.uniform(16, 32, {'k': kv, 'v': kv}), HOST_LAYOUTS['page_first']))"
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    other = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert other == fingerprint(LLAMA_8B, HOST_LAYOUTS["page_first"]) == "3be16aecf5d2721cf720e49924b26bd0"
 
 
@@ -190,7 +192,7 @@ def test_a_spec_that_was_pickled_is_the_same_in_another_process():
     """A hash of strings is another one there."""
 
     def run(*arguments):
-        program = [sys.executable, "-c", PICKLED, *arguments]
+        program = [sys.executable, "-P", "-c", PICKLED, *arguments]
         return subprocess.run(program, capture_output=True, text=True, timeout=120, check=True).stdout.strip()
 
     run(run())

@@ -60,7 +60,7 @@ def test_a_loaded_program_runs(how, device):
         path = serialize_executable.serialize(jitted.lower(*arguments).compile())
     given = how, device.platform, path, (SPEC, NUM_PAGES), (SPEC, NUM_PAGES), pages
     loaded = subprocess.run(
-        [sys.executable, "-c", LOADER], input=pickle.dumps(given), capture_output=True, timeout=120, check=False
+        [sys.executable, "-P", "-c", LOADER], input=pickle.dumps(given), capture_output=True, timeout=120, check=False
     )
     assert loaded.returncode == 0, loaded.stderr.decode()
     for number, array in enumerate(pickle.loads(loaded.stdout)):

@@ -71,7 +71,7 @@ def run_python(code, *arguments, **options):
     paths = [str(Path(__file__).parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
         env=environment | options.pop("env", {}),
         capture_output=True,
         text=True,

@@ -242,5 +242,5 @@ def test_no_memory_in_a_handler_is_an_error_of_the_call():
     """And the process goes on."""
     code = f"import sys; sys.path.insert(0, {str(__file__).rpartition('/')[0]!r}); "
     code += "import test_plan_bounds; test_plan_bounds.load_without_memory()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

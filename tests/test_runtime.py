@@ -1,6 +1,7 @@
 """Importing the package: what it touches, what it refuses, what it exports."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from jax_kvpool import _cpu, _files, _runtime, page_ids
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
 
 
 def test_import_initialises_no_backend():
@@ -125,3 +126,12 @@ def test_memory_alive_at_exit_is_left_to_the_system():
         "host.close()\n"
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_source_tree_that_was_not_built_says_so(tmp_path):
+    """Of a shell in the repository's root: the directory that Python starts in comes first."""
+    shutil.copytree(Path(jax_kvpool.__file__).parent, tmp_path / "jax_kvpool", ignore=shutil.ignore_patterns("*.so"))
+    command = [sys.executable, "-c", "import jax_kvpool"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert f"{tmp_path}/jax_kvpool has no extension module for this Python" in result.stderr
+    assert "pip install -e ." in result.stderr

@@ -54,7 +54,7 @@ def run(library):
         program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         program += f"import {Path(__file__).stem} as module; module.{work.__name__}(*{arguments!r})"
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", program],
+            [sys.executable, "-P", "-W", "ignore", "-c", program],
             env={**os.environ, "LD_PRELOAD": str(library), "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             text=True,
