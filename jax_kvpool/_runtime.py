@@ -15,11 +15,11 @@ import jax
 
 if importlib.util.find_spec("jax_kvpool._cpu") is None:
     raise ImportError(
-        f"jax_kvpool: {Path(__file__).parent} has no extension module for this Python, as in a source tree that was not "
-        "built: pip install . there and start Python in another directory, or pip install -e ."
+        f"jax_kvpool: {Path(__file__).parent} has no extension module for this Python, as in a source tree that was "
+        "not built: pip install . there and start Python in another directory, or pip install -e ."
     )
 
-from jax_kvpool import _cpu  # noqa: E402
+from jax_kvpool import _cpu
 
 __all__ = ["cuda_module", "register_targets", "require_copy_engine", "require_runtime", "subpackage"]
 

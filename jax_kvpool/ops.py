@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, is_staging
+from jax_kvpool._debug import watch
 from jax_kvpool._runtime import (
     LOAD_BY_ENGINE_TARGET,
     LOAD_TARGET,
@@ -115,9 +116,11 @@ def _copy(
     check_kinds(device, host)
     device_pages, host_pages = page_pairs("device_pages", device_page_ids, "host_pages", host_page_ids)
     check_pools(device, host)
+    is_load = target == LOAD_TARGET
+    door = "load" if is_load else "store"
+    checked = watch(door, device, host, **{door: (device_pages, host_pages)})
     arrays = device.flat_arrays("device.arrays")
     stages, traced_layer = _layer(layer, device)
-    is_load = target == LOAD_TARGET
     plan = _plan(is_load, device, host, device_pages, host_pages, stages)
     num_scratch_bytes = None
     if is_on_host(device_pages) or is_on_host(host_pages):
@@ -135,7 +138,7 @@ def _copy(
     changed = _call(target, plan, checked_blocks(max_blocks), num_scratch_bytes, *operands)
     for index, array in zip(indices, changed, strict=True):
         arrays[index] = array
-    return device.with_flat_arrays(arrays)
+    return checked(device.with_flat_arrays(arrays))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=8, inline=True)

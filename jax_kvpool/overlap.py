@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvpool._check import is_staging, shown
+from jax_kvpool._debug import watch
 from jax_kvpool._runtime import START_TARGET, WAIT_TARGET
 from jax_kvpool.calls import call, fenced, scratch, whole
 from jax_kvpool.device_pool import DevicePool
@@ -94,6 +95,7 @@ def run_layers(
     check_pools(device, host)
     if not is_staging():
         raise ValueError("run_layers must be called inside jax.jit, where its copies and waits are one program")
+    checked = watch("run_layers", device, host, load=load_pairs, store=store_pairs)
     is_stacked = "layer" in device.layout.order
     tuning = current()
     load_by_engine, store_by_engine = _for_engine(True, *load_pairs), _for_engine(False, *store_pairs)
@@ -135,8 +137,9 @@ def run_layers(
 
     x = jax.tree.map(jnp.asarray, x)
     with in_flight(jax.tree.leaves(device.arrays)):
-        result: tuple[X, DevicePool] = whole(all_or_nothing)(x, device, host.array, (*load_pairs, *store_pairs))
-    return result
+        ids = (*load_pairs, *store_pairs)
+        result: tuple[X, DevicePool] = whole(all_or_nothing)(x, device, host.array, ids)
+    return result[0], checked(result[1])
 
 
 def _pairs(name: str, pages: Any) -> tuple[Any, Any]:

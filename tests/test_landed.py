@@ -35,7 +35,7 @@ class Sharded:
         self.device = DevicePool.wrap(
             {n: [jax.device_put(self.content[i, x], heads) for x in range(LAYERS)] for i, n in enumerate("kv")}, SPEC
         )
-        self.host = HostPool.create(self.device.spec, PAGES, device=self.mesh)
+        self.host = HostPool.create(self.device.spec, PAGES, mesh=self.mesh)
         specs = jax.tree.map(lambda a: a.sharding.spec, (self.device, self.host))
 
         def step(device, host, zero, device_pages, host_pages):
@@ -147,7 +147,7 @@ def test_landed_waits_for_every_device(late):
 def test_landed_waits_for_all_of_after(late):
     """Whichever of several arrays, each on a device of its own, comes last."""
     go = threading.Event()
-    host = HostPool.create(SPEC, PAGES, device=Mesh(np.array(cpus(2)), ("tp",)))
+    host = HostPool.create(SPEC, PAGES, mesh=Mesh(np.array(cpus(2)), ("tp",)))
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         try:
             zeros = [late_zero(d, go) if i == late else jax.device_put(0.0, d) for i, d in enumerate(cpus(2))]
@@ -282,7 +282,7 @@ def on(*devices):
 
 def test_an_output_on_some_of_the_devices_is_refused():
     devices = jax.devices("cpu")
-    host = HostPool.create(SPEC, PAGES, device=Mesh(np.array(devices[:4]).reshape(2, 2), ("dp", "tp")))
+    host = HostPool.create(SPEC, PAGES, mesh=Mesh(np.array(devices[:4]).reshape(2, 2), ("dp", "tp")))
     for after in (on(devices[0]), on(*devices[4:]), [on(devices[1]), on(*devices[4:])], on(*devices[:3])):
         has = {d for leaf in jax.tree.leaves(after) for d in leaf.sharding.device_set}
         missing = ", ".join(str(d) for d in devices[:4] if d not in has)
