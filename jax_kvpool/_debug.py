@@ -126,7 +126,7 @@ def _on_device(ids: Any) -> Any:
 def _check_ids(site: str, targets: Sequence[_Targets], *ids: Any) -> None:
     """In the running step."""
     for number, each in enumerate(targets):
-        each.check(*ids[2 * number : 2 * number + 2], by=f" of the {site}")
+        each.check(ids[2 * number], ids[2 * number + 1], by=f" of the {site}")
 
 
 _MARK: Final = "jax_kvpool_mark"

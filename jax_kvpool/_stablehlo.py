@@ -26,7 +26,7 @@ class Program:
         self._calls: dict[str, list[Any]] = {}
         self._custom_calls: dict[str, list[Any]] = {}
         module.operation.walk(self._keep)
-        self.main = self._functions.get("main")
+        self.main: Any = self._functions.get("main")
 
     def is_complete(self) -> bool:
         """Whether JAX is done with it."""
@@ -38,7 +38,7 @@ class Program:
 
     def is_donated(self, argument: Any) -> bool:
         """Whether XLA may use its memory for a result."""
-        attributes = ir.ArrayAttr(self.main.attributes["arg_attrs"])[ir.BlockArgument(argument).arg_number]
+        attributes: Any = ir.ArrayAttr(self.main.attributes["arg_attrs"])[ir.BlockArgument(argument).arg_number]
         return "tf.aliasing_output" in attributes or "jax.buffer_donor" in attributes
 
     def argument_name(self, argument: Any) -> str:
@@ -111,7 +111,8 @@ class Program:
     def _before(self, value: Any) -> Iterator[tuple[Any, Any]]:
         """The values whose memory this one may have taken over, each with the operation that did."""
         if isinstance(value.owner, ir.Block):
-            owner, number = value.owner.owner.operation, ir.BlockArgument(value).arg_number
+            owner: Any = value.owner.owner.operation
+            number = ir.BlockArgument(value).arg_number
             if owner.name == "func.func":
                 for call in self._calls.get(owner.attributes["sym_name"].value, ()):
                     yield call.operands[number], call

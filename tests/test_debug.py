@@ -20,8 +20,8 @@ def switched_on(monkeypatch):
 
 
 @pytest.fixture(params=LAYOUTS)
-def pools(request):
-    return DevicePool.create(SPEC, 6, request.param), HostPool.create(SPEC, 7)
+def pools(request, device):
+    return DevicePool.create(SPEC, 6, request.param, device=device), HostPool.create(SPEC, 7, device=device)
 
 
 def ids(*numbers):
@@ -105,11 +105,11 @@ RIGHT = [
 
 
 @pytest.mark.parametrize("step", RIGHT)
-def test_what_is_right_runs_as_ever(pools, step, monkeypatch):
+def test_what_is_right_runs_as_ever(pools, step, monkeypatch, device):
     results = []
     for value in ("1", "0"):
         monkeypatch.setenv("JAX_KVPOOL_CHECK", value)
-        pool, host = DevicePool.create(SPEC, 6, pools[0].layout), HostPool.create(SPEC, 7)
+        pool, host = DevicePool.create(SPEC, 6, pools[0].layout, device=device), HostPool.create(SPEC, 7, device=device)
         for page in range(7):
             for slab in host.view(page, writable=True).values():
                 slab[...] = page
@@ -196,9 +196,9 @@ def test_targets_that_are_skipped_may_be_named_twice(pools, skipped):
 
 def test_outside_of_jit(pools):
     pool, host = pools
-    jax.block_until_ready(load(store(pool, host, ONE, OTHER), host, OTHER, ONE))
+    pool = load(store(pool, host, ONE, OTHER), host, OTHER, ONE)
     with pytest.raises(ValueError, match="device_pages: expected no page twice"):
-        load(DevicePool.create(SPEC, 6), host, TWICE, DIFFERENT)
+        load(pool, host, TWICE, DIFFERENT)
 
 
 def test_a_switch_that_is_neither_on_nor_off(pools, monkeypatch):

@@ -17,6 +17,7 @@ from jax_kvpool import (
     Layout,
     PageSpec,
     PageStatus,
+    host_ids,
     load,
     page_status,
     store,
@@ -206,6 +207,10 @@ def test_page_status(device):
     ]
     assert page_status(pool, host, *ids).tolist() == expected
     assert jax.jit(page_status)(pool, host, *jax.device_put(ids, device)).tolist() == expected
+    # Those of host_ids, which nothing may compute with where they are.
+    of_engine = [host_ids(pages, device=device) for pages in ids]
+    assert np.asarray(jax.jit(page_status)(pool, host, *of_engine)).tolist() == expected
+    assert np.asarray(page_status(pool, host, *of_engine)).tolist() == expected
 
 
 @pytest.mark.parametrize("max_blocks", [1, 3, 132])
