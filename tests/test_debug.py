@@ -39,7 +39,8 @@ def grown(pool):
 def model(pool, host, load_pairs, store_pairs):
     def apply_layer(layer, x, kv):
         at = (layer,) if pool.layout.order[0] == "layer" else ()
-        return x + kv["k"][(*at, 0, 0, 0, 0)], {name: array.at[(*at, 1)].set(3) for name, array in kv.items()}
+        kv = {name: array.at[(*at, 1)].set(3) for name, array in kv.items()}
+        return x + kv["k"][(*at, 0, 0, 0, 0)], kv
 
     return run_layers(apply_layer, jnp.zeros(()), pool, host, load=load_pairs, store=store_pairs)
 
