@@ -11,13 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-import jax
-
 if importlib.util.find_spec("jax_kvpool._cpu") is None:
     raise ImportError(
         f"jax_kvpool: {Path(__file__).parent} has no extension module for this Python, as in a source tree that was "
         "not built: pip install . there and start Python in another directory, or pip install -e ."
     )
+
+import jax
 
 from jax_kvpool import _cpu
 

@@ -28,8 +28,8 @@ class Worker:
     def __init__(self, thread, mesh, spec, host, first_page, layout, by_engine):
         self._mesh, self._host, self._first_page, self._layout = mesh, host, first_page, layout
         heads = PartitionSpec(*[None] * (3 if layout == "stacked" else 2), "tp")
-        sharding = NamedSharding(mesh, heads) if mesh.size > 1 else mesh.devices.flat[0]
-        self._pool = DevicePool.create(spec, PAGES, layout, sharding=sharding)
+        placed = {"sharding": NamedSharding(mesh, heads)} if mesh.size > 1 else {"device": mesh.devices.flat[0]}
+        self._pool = DevicePool.create(spec, PAGES, layout, **placed)
         self._versions = Versions(1, PAGES, seed=thread, first=thread * OF_THREADS)
         fill(host, self._versions.host, first_page)
         self._make_ids = functools.partial(host_ids, mesh=mesh) if by_engine else np.asarray
