@@ -29,11 +29,13 @@ class PageAllocator:
     Every page has a generation, which freeing it raises. Who keeps a page id for later keeps its generation too, and
     `check` finds out whether the page has had another owner since.
 
+    `reserved`: pages that are never handed out.
+
     Numbers of pages are an int or anything with `__index__`, not a bool. Pages are a list of such, or a 1-D array of
     any integer dtype. Anything else is a `TypeError`.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, *, reserved: npt.ArrayLike = ()) -> None:
         num_pages = checked_int("num_pages", num_pages)
         if not 0 < num_pages <= MAX_INT32:
             raise ValueError(f"num_pages: expected a positive number below {2**31}, got {num_pages}")
@@ -44,6 +46,11 @@ class PageAllocator:
         self._is_free = np.ones(num_pages, bool)
         self._places = np.zeros(num_pages, np.int32)  # scratch of free
         self._generations = np.zeros(num_pages, np.int64)
+        self.reserved: Final = tuple(sorted({*self._ids(reserved).tolist()}))
+        if self.reserved:
+            self.allocate(num_pages)
+            self.free([page for page in range(num_pages) if page not in self.reserved])
+            self._generations[:] = 0
 
     def allocate(self, num: int) -> npt.NDArray[np.int32]:
         """Takes `num` pages and returns their ids; raises `OutOfPagesError` if fewer are free."""

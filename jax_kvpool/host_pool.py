@@ -250,6 +250,11 @@ class HostPool:
             raise IndexError(f"shard: expected 0 to {len(self.memories) - 1}, got {shard}")
         return self.memories[shard]
 
+    def synchronize(self) -> None:
+        """Waits for copies that failed steps have left behind; see `HostMemory.synchronize`."""
+        for memory in self.memories:
+            memory.synchronize()
+
     def __enter__(self) -> Self:
         return self
 

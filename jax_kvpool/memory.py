@@ -197,6 +197,12 @@ class HostMemory:
         if address is not None and (cuda := cuda_module()) is not None:
             cuda.abandon_flights(address, self.num_bytes)
 
+    def synchronize(self) -> None:
+        """Waits for copies that failed steps have left behind, over this memory; what steps that go on copy it does not
+        wait for."""
+        if self.cuda_device is not None and (cuda := cuda_module()) is not None:
+            cuda.abandon_flights(self.address, self.num_bytes)
+
     @property
     def is_closed(self) -> bool:
         return self._is_closed

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from jax_kvpool._check import MAX_INT32, checked_int, int_array, is_within
 
-__all__ = ["chain", "page_keys", "root_key", "token_bytes"]
+__all__ = ["TOKEN_BYTES", "chain", "extras_by_page", "page_keys", "root_key", "token_bytes"]
 
 TOKEN_BYTES: Final = 4
 
@@ -59,7 +59,7 @@ def page_keys(
     """
     data = token_bytes("tokens", tokens)
     page_size = checked_int("page_size", page_size, 1)
-    return chain(root_key(version, salt), data, page_size, _by_page(extras, page_size, len(data) // TOKEN_BYTES))
+    return chain(root_key(version, salt), data, page_size, extras_by_page(extras, page_size, len(data) // TOKEN_BYTES))
 
 
 def root_key(version: str | bytes = b"", salt: bytes = b"") -> bytes:
@@ -91,7 +91,7 @@ def chain(parent: bytes, data: bytes, page_size: int, extras: dict[int, bytes] |
         yield parent
 
 
-def _by_page(extras: Iterable[tuple[int, bytes]], page_size: int, num_tokens: int) -> dict[int, bytes]:
+def extras_by_page(extras: Iterable[tuple[int, bytes]], page_size: int, num_tokens: int) -> dict[int, bytes]:
     of_pages: dict[int, bytes] = {}
     for offset, digest in sorted(_checked_extra(extra, num_tokens) for extra in extras):
         page, in_page = divmod(offset, page_size)

@@ -1,0 +1,441 @@
+"""`KVCache`: plans which page of KV lives where. It copies nothing itself."""
+
+from __future__ import annotations
+
+import collections
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, shown
+from jax_kvpool.cache.keys import TOKEN_BYTES, extras_by_page, root_key, token_bytes
+from jax_kvpool.cache.metrics import Event, Metrics
+from jax_kvpool.cache.sequence import Matched, Moves, Sequence
+from jax_kvpool.cache.tiers import Tiers
+from jax_kvpool.device_pool import DevicePool
+from jax_kvpool.host_pool import HostPool
+
+__all__ = ["KVCache"]
+
+_SIZES: Final = (0, 8, 64, 512)
+"""Lengths of the arrays of `Moves`; what is longer has a multiple of the last one. One program for each length that
+occurs: copies, stores and loads of a step share theirs."""
+
+
+class KVCache:
+    """Which page lives where, for the engine of one device pool: in it, in the host pool, or in neither.
+
+    The engine computes; the cache says where. For each sequence: `open`, `admit`, then steps, `commit` of what they have
+    written, `release`. For each step: `step()` closes a plan, the engine's jitted function executes it and computes,
+    `dispatched(moves, output)` tells that it was called. Plans of one device pool happen in their order, so a page may be
+    matched, loaded or overwritten as soon as the step that writes it is dispatched.
+
+        moves = cache.step()
+        logits, device = step(params, device, host, batch, moves)
+        cache.dispatched(moves, logits)
+
+    One thread, the engine's, calls everything. Nothing blocks, but `failed` and `close`.
+
+    Args:
+      device, host: the pools, or their specs and numbers of pages in other words; only these are read. The pages of
+        `host` belong to the cache. `host` None: no second tier.
+      reserved: device pages that are never handed out.
+      ahead: the share of the device tier, its coldest pages, that is kept stored in the host pool; 0: a page is stored
+        when it has to go, 1: when it is committed.
+      second: store only what a second request has got.
+      min_pages: fewer pages than this in a row are not loaded, but computed again.
+      max_loads: pages that one step loads, at most; what is more comes with the next ones, see `is_loaded`.
+      version: of what computes the KV, the model's weights above all; part of all keys.
+      make_ids: makes the arrays of `Moves` out of NumPy's, which are fresh: `host_ids` for the copy engine.
+      on_event: see `metrics.Event`.
+
+    Attributes:
+      metrics: see `Metrics`.
+
+    Raises `TypeError` or `ValueError` for an argument that is none of these, or pools of other specs.
+    """
+
+    def __init__(
+        self,
+        device: DevicePool,
+        host: HostPool | None = None,
+        *,
+        reserved: Iterable[int] = (),
+        ahead: float = 0.05,
+        second: bool = False,
+        min_pages: int = 1,
+        max_loads: int = 512,
+        version: str | bytes = b"",
+        make_ids: Callable[[npt.NDArray[np.int32]], Any] = np.asarray,
+        on_event: Event | None = None,
+    ) -> None:
+        checked_kind("device", device, DevicePool, "the engine's pool, of which the cache plans the pages")
+        if host is not None:
+            checked_kind("host", host, HostPool, "HostPool.create(device.spec, num_pages) makes one")
+            if host.spec != device.spec:
+                raise ValueError(f"host: expected a pool of {device.spec}, as the device pool, got one of {host.spec}")
+        if isinstance(ahead, bool) or not isinstance(ahead, int | float) or not 0 <= ahead <= 1:
+            raise ValueError(f"ahead: expected a number of 0 to 1, got {shown(ahead)}")
+        self.metrics = Metrics(on_event=on_event)
+        self._page_size: Final = device.spec.page_size
+        self._host = host
+        self._tiers = Tiers(
+            device.num_pages,
+            0 if host is None else host.num_pages,
+            self._page_size,
+            self.metrics,
+            reserved=reserved,
+            ahead=ahead,
+            second=checked_kind("second", second, bool, "pass True or False"),
+            saves=False,
+        )
+        self._min_pages = checked_int("min_pages", min_pages, 1)
+        self._max_loads = checked_int("max_loads", max_loads, 1, MAX_INT32)
+        self._make_ids = make_ids
+        self._version = version
+        root_key(version)  # raises if it is none
+        self._moves: Moves | None = None  # closed, and neither dispatched nor cancelled
+        self._in_flight = collections.deque[tuple[Moves, Any]]()
+        self._running: dict[Sequence, None] = {}  # that are admitted
+        self._pending = collections.Counter[bytes]()  # keys of pages that running sequences are computing
+
+    # ---- sequences ----
+
+    def open(
+        self, tokens: npt.ArrayLike, *, salt: bytes = b"", extras: Iterable[tuple[int, bytes]] = ()
+    ) -> Sequence:
+        """A sequence of these tokens, at least one; nothing is held for it yet. `tokens`, `salt`, `extras`: as in
+        `page_keys`."""
+        data = token_bytes("tokens", tokens)
+        if not data:
+            raise ValueError("tokens: expected at least one, got none")
+        of_pages = extras_by_page(extras, self._page_size, len(data) // TOKEN_BYTES)
+        return Sequence(data, self._page_size, root_key(self._version, salt), of_pages)
+
+    def match(self, seq: Sequence) -> Matched:
+        """How many tokens need not be computed if it were admitted now; never all of them."""
+        self._check_kind(seq)
+        entries = self._match(seq)
+        of_device = 0
+        while of_device < len(entries) and self._tiers.device_page[entries[of_device]] >= 0:
+            of_device += 1
+        pending = 0
+        if self._pending:
+            limit = self._matchable(seq)
+            keys = seq._all_keys(limit)
+            while len(entries) + pending < limit and keys[len(entries) + pending] in self._pending:
+                pending += 1
+        size = self._page_size
+        return Matched(of_device * size, (len(entries) - of_device) * size, pending * size)
+
+    def admit(self, seq: Sequence, num_tokens: int) -> bool:
+        """Makes room for the first `num_tokens` tokens of a sequence, those that are cached included: `seq.pages` then
+        has all their pages. All or nothing: False if there are not enough pages that are free or can be made so.
+
+        The cached pages of the prefix, `seq.num_cached` tokens, need not be computed; `is_loaded` says from which step
+        on they are there.
+        """
+        self._check_kind(seq)
+        if seq.is_admitted:
+            raise ValueError(f"seq: expected one that is not admitted, got {seq}; grow it, or release it before")
+        num_tokens = self._checked_tokens(seq, num_tokens)
+        tiers = self._tiers
+        entries = self._match(seq)[: (num_tokens - 1) // self._page_size]
+        tiers.pin(entries)
+        to_load = [entry for entry in entries if tiers.device_page[entry] < 0]
+        num_own = self._num_pages(num_tokens) - len(entries)
+        if len(to_load) + num_own > tiers.num_available():
+            tiers.unpin(entries)
+            return False
+        pages = tiers.take(len(to_load) + num_own)
+        for entry in to_load:
+            tiers.load(entry, pages.pop())
+        tiers.use(entries)
+        seq._entries, seq._is_indexed, seq._num_pages = entries, True, 0
+        seq._append_pages([tiers.device_page[entry] for entry in entries] + pages)
+        seq.is_admitted = True
+        seq.num_cached = seq.num_committed = len(entries) * self._page_size
+        self._running[seq] = None
+        self._announce(seq, num_tokens)
+        self.metrics.requests += 1
+        self.metrics.tokens += num_tokens
+        self.metrics.hits["host"] += len(to_load) * self._page_size
+        self.metrics.hits["device"] += (len(entries) - len(to_load)) * self._page_size
+        return True
+
+    def is_loaded(self, seq: Sequence) -> bool:
+        """Whether its cached pages are on the device once the plan that was closed last is executed: the step of that
+        plan can compute it."""
+        self._check_admitted(seq)
+        loading = self._tiers.loading
+        return not loading or not any(loading.get(entry) == 0 for entry in seq._entries)
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Makes room for the first `num_tokens` tokens of an admitted sequence. All or nothing, as `admit`."""
+        self._check_admitted(seq)
+        num_tokens = checked_int("num_tokens", num_tokens, 1, MAX_INT32)
+        missing = self._num_pages(num_tokens) - seq._num_pages
+        if missing > self._tiers.num_available():
+            return False
+        if missing > 0:
+            seq._append_pages(self._tiers.take(missing))
+        return True
+
+    def commit(self, seq: Sequence, tokens: npt.ArrayLike) -> None:
+        """Tells which tokens the next positions of the sequence have: known, verified ones, whose KV steps that were
+        dispatched have written. From `num_committed` on, prompt and answers alike, in any portions.
+
+        Each page that is full then can be matched by others. If another sequence was quicker with the same page, its
+        page is the one that is found, and this one stays private.
+
+        Raises `ValueError` for tokens beyond the sequence's pages, or others than it was opened with.
+        """
+        self._check_admitted(seq)
+        data = np.frombuffer(token_bytes("tokens", tokens), "<i4").astype(np.int32)
+        begin, end = seq.num_committed, seq.num_committed + data.size
+        if end > seq._num_pages * self._page_size:
+            raise ValueError(
+                f"tokens: expected at most {seq._num_pages * self._page_size - begin}, for which {seq} has pages, got "
+                f"{data.size}"
+            )
+        known = data[: seq._num_known - begin]
+        if not np.array_equal(known, seq._tokens[begin : begin + known.size]):
+            at = int(np.flatnonzero(known != seq._tokens[begin : begin + known.size])[0])
+            raise ValueError(
+                f"tokens: expected those of the sequence, {seq._tokens[begin + at]} at {begin + at}, got {known[at]}"
+            )
+        seq._append_tokens(data[known.size :])
+        seq.num_committed = end
+        self._index_pages(seq)
+
+    def fork(self, seq: Sequence) -> Sequence | None:
+        """Another sequence of the tokens that are committed, with their KV; what comes behind them may differ. It shares
+        the pages that others can match, and gets copies of the rest, of which the next plan's `copies` tells. None if
+        there are not enough pages."""
+        self._check_admitted(seq)
+        tiers = self._tiers
+        num_shared, num_pages = len(seq._entries), self._num_pages(max(seq.num_committed, 1))
+        tiers.pin(seq._entries)
+        pages = self._take_for_copies(num_pages - num_shared)
+        if pages is None:
+            tiers.unpin(seq._entries)
+            return None
+        child = Sequence(b"", self._page_size, seq._root, seq._extras)
+        child._append_tokens(seq._tokens[: seq.num_committed])
+        child._keys = seq._keys[: seq.num_committed // self._page_size]
+        child._entries, child._is_indexed = [*seq._entries], seq._is_indexed
+        child._append_pages([tiers.device_page[entry] for entry in seq._entries] + pages)
+        child.is_admitted, child.num_cached, child.num_committed = True, seq.num_cached, seq.num_committed
+        tiers.copy(seq.pages[num_shared:num_pages].tolist(), pages, child)
+        self._running[child] = None
+        return child
+
+    def release(self, seq: Sequence) -> None:
+        """Gives its pages back: at its end, when it is aborted, or to make room; then it may be admitted again. What it
+        has committed can be matched from now on as before. Steps that were dispatched may still write the others."""
+        self._check_admitted(seq)
+        tiers = self._tiers
+        shared = {tiers.device_page[entry] for entry in seq._entries}
+        tiers.free_device.free([page for page in seq.pages.tolist() if page not in shared])
+        tiers.plan.copies = [copy for copy in tiers.plan.copies if copy[2] is not seq]
+        tiers.unpin(seq._entries)
+        self._forget(seq)
+
+    # ---- steps ----
+
+    def step(self) -> Moves:
+        """Closes the plan of one step: what it moves before it computes. To be told `dispatched` or `cancelled` next."""
+        if self._moves is not None:
+            raise RuntimeError(f"step: expected step {self._moves.step} to be dispatched or cancelled before")
+        plan = self._tiers.close(self._max_loads)
+        copies = [(source, target) for source, target, _ in plan.copies]
+        loads = [(self._tiers.device_page[entry], self._tiers.host_page[entry]) for entry in plan.loads]
+        size = _size_of(max(map(len, (copies, plan.stores, loads))))
+        arrays = [self._ids(pairs, size if pairs else 0) for pairs in (copies, plan.stores, loads)]
+        self._moves = Moves(arrays[0], arrays[1], arrays[2], plan.step, len(copies), len(plan.stores), len(loads))
+        return self._moves
+
+    def dispatched(self, moves: Moves, output: Any = None) -> None:
+        """The step was called, so its moves come before those of all later ones.
+
+        `output`: a pytree of arrays of the step that the next one does not donate, which live on every device: when all
+        are ready, the step is done. None: `landed` or `failed` will tell.
+        """
+        self._check_moves(moves)
+        self._moves = None
+        self._tiers.dispatch()
+        self._in_flight.append((moves, output))
+        self.metrics.copied += moves.num_copies
+        self.metrics.written += moves.num_stores
+        self.metrics.loaded += moves.num_loads
+
+    def cancelled(self, moves: Moves) -> None:
+        """The step was not called, or the call raised before anything ran: its moves are in the next plan."""
+        self._check_moves(moves)
+        self._moves = None
+        self._tiers.cancel()
+        plan = self._tiers.plan
+        plan.copies = [copy for copy in plan.copies if copy[1] in copy[2].pages[len(copy[2]._entries) :]]
+
+    def poll(self) -> None:
+        """Looks which steps are done. Never blocks; to be called now and then, also when no step runs."""
+        while self._in_flight and self._in_flight[0][1] is not None:
+            moves, output = self._in_flight[0]
+            if not all(leaf.is_ready() for leaf in jax.tree.leaves(output)):
+                break
+            self._in_flight.popleft()
+            self._tiers.landed = moves.step
+
+    def landed(self, moves: Moves) -> None:
+        """The step, and with it all before, is done on every device: for engines that have no array to ask."""
+        self._check_in_flight(moves)
+        while self._in_flight and self._in_flight[0][0].step <= moves.step:
+            self._in_flight.popleft()
+        self._tiers.landed = moves.step
+
+    def failed(self, moves: Moves) -> None:
+        """The step failed when it ran. Waits for all steps that were dispatched. Nothing that it or a later one wrote is
+        ever matched, nor anything in the device pool; all sequences that are admitted have lost their pages and are to
+        be admitted again."""
+        self._check_in_flight(moves)
+        for _, output in self._in_flight:
+            for leaf in jax.tree.leaves(output):
+                try:
+                    leaf.block_until_ready()
+                except Exception:  # that is why we are here
+                    continue
+        if self._host is not None:
+            self._host.synchronize()
+        self._in_flight.clear()
+        self._moves = None
+        for seq in list(self._running):
+            self._forget(seq)
+        self._tiers.fail(moves.step)
+
+    def reset(self, version: str | bytes) -> None:
+        """Nothing that was computed before is ever matched again: the weights have changed. Sequences that are admitted
+        keep their pages until they are released."""
+        root_key(version)
+        self._version = version
+        self._tiers.reset()
+        for seq in self._running:
+            seq._is_indexed = False
+
+    # ---- what they share ----
+
+    def _match(self, seq: Sequence) -> list[int]:
+        limit = self._matchable(seq)
+        entries = self._tiers.index.match(seq._keys_of(limit), seq._by_page(limit))
+        tiers = self._tiers
+        is_here = [tiers.device_page[entry] >= 0 for entry in entries]
+        for i, entry in enumerate(entries):
+            if not is_here[i] and not tiers.is_readable(entry):
+                del entries[i:]
+                break
+        # A short row of pages to load at the end is computed again.
+        behind = len(entries)
+        while behind and not is_here[behind - 1]:
+            behind -= 1
+        if 0 < len(entries) - behind < self._min_pages:
+            del entries[behind:]
+        return entries
+
+    def _matchable(self, seq: Sequence) -> int:
+        """Pages that may be matched: full ones, and something must be left to compute."""
+        return (seq._num_known - 1) // self._page_size
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)
+
+    def _index_pages(self, seq: Sequence) -> None:
+        """Gives entries to the pages that are full now."""
+        tiers, index = self._tiers, self._tiers.index
+        begin, end = len(seq._entries), seq.num_committed // self._page_size
+        if begin >= end or not seq._is_indexed:
+            return
+        keys, tokens = seq._all_keys(end), seq._by_page(end)
+        for page in range(begin, end):
+            parent = seq._entries[-1] if seq._entries else None
+            own = int(seq._table[page])
+            entry = index.find(keys[page], parent, tokens[page])
+            if entry is None:  # another page has this key
+                seq._is_indexed = False
+                break
+            if entry < 0:
+                entry = tiers.insert(keys[page], parent, tokens[page], own)
+            else:
+                tiers.pin([entry])
+                tiers.use([entry])
+                if tiers.device_page[entry] < 0:
+                    tiers.device_page[entry] = own
+            seq._entries.append(entry)
+        self._withdraw(seq, end)
+
+    def _announce(self, seq: Sequence, num_tokens: int) -> None:
+        """Tells which pages a sequence is going to compute, as far as its tokens are known."""
+        end = min(num_tokens, seq._num_known) // self._page_size
+        seq._pending = seq._all_keys(end)[len(seq._entries) : end]
+        self._pending.update(seq._pending)
+
+    def _withdraw(self, seq: Sequence, num_pages: int) -> None:
+        """Of those, the ones of the first pages, which are there, or will not be."""
+        done = set(seq._keys[:num_pages])
+        for key in seq._pending:
+            if key in done:
+                self._pending[key] -= 1
+                if not self._pending[key]:
+                    del self._pending[key]
+        seq._pending = [key for key in seq._pending if key not in done]
+
+    def _take_for_copies(self, num: int) -> list[int] | None:
+        """Device pages that no store reads which comes with the copies, or behind them."""
+        tiers = self._tiers
+        taken: list[int] = []
+        kept: list[int] = []
+        while len(taken) < num and tiers.num_available():
+            (page,) = tiers.take(1)
+            (kept if page in tiers.stored_pages() else taken).append(page)
+        if len(taken) < num:
+            kept += taken
+        tiers.free_device.free(kept)
+        return taken if len(taken) == num else None
+
+    def _forget(self, seq: Sequence) -> None:
+        self._withdraw(seq, len(seq._keys))
+        del self._running[seq]
+        seq.is_admitted, seq.num_cached, seq.num_committed = False, 0, 0
+        seq._entries, seq._num_pages = [], 0
+
+    def _ids(self, pairs: list[tuple[int, int]], size: int) -> tuple[Any, Any]:
+        ids = np.full((2, size), -1, np.int32)
+        if pairs:
+            ids[:, : len(pairs)] = np.array(pairs, np.int32).T
+        return self._make_ids(ids[0].copy()), self._make_ids(ids[1].copy())
+
+    def _checked_tokens(self, seq: Sequence, num_tokens: int) -> int:
+        return checked_int("num_tokens", num_tokens, 1, MAX_INT32)
+
+    def _check_kind(self, seq: Sequence) -> None:
+        checked_kind("seq", seq, Sequence, "cache.open(tokens) makes one")
+
+    def _check_admitted(self, seq: Sequence) -> None:
+        self._check_kind(seq)
+        if seq not in self._running:
+            raise ValueError(f"seq: expected one that this cache has admitted, and not released since, got {seq}")
+
+    def _check_moves(self, moves: Moves) -> None:
+        if moves is not self._moves:
+            step = "none" if self._moves is None else f"those of step {self._moves.step}"
+            raise ValueError(f"moves: expected what the last step() returned, {step}, got those of step {moves.step}")
+
+    def _check_in_flight(self, moves: Moves) -> None:
+        if all(moves is not other for other, _ in self._in_flight):
+            raise ValueError(f"moves: expected those of a step that is dispatched and not done, got step {moves.step}")
+
+
+def _size_of(num: int) -> int:
+    return next((size for size in _SIZES if num <= size), -(-num // _SIZES[-1]) * _SIZES[-1])

@@ -1,0 +1,48 @@
+"""What a cache counts, and what it tells routers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+__all__ = ["Event", "Metrics"]
+
+Event = Callable[[Literal["stored", "removed"], str, bytes], None]
+"""Is called with what became of a page, the tier ("device", "host" or "store") and the page's key; on the engine's
+thread, so it only notes it."""
+
+
+def _tiers(*names: str) -> dict[str, int]:
+    return dict.fromkeys(names, 0)
+
+
+@dataclasses.dataclass
+class Metrics:
+    """Counters since the cache was made. Plain numbers: read them at any time.
+
+    Attributes:
+      requests, tokens: admissions, and the tokens that they asked for.
+      hits: tokens that were cached when their sequence was admitted, by the tier that they came from.
+      copied: pages of copies in plans; `loaded`, `written`: of loads and stores.
+      evicted: pages that had to go, by tier; `unused`: of those, the ones that no second request had got.
+      unsaved: of those, the ones of which no tier below had a copy.
+      saved, fetched: pages that went to page stores and came from there.
+      failures: pages that a page store failed to put or get, by reason.
+      late: prefetches that were not done at their deadline.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    hits: dict[str, int] = dataclasses.field(default_factory=lambda: _tiers("device", "host", "store"))
+    copied: int = 0
+    loaded: int = 0
+    written: int = 0
+    evicted: dict[str, int] = dataclasses.field(default_factory=lambda: _tiers("device", "host"))
+    unused: dict[str, int] = dataclasses.field(default_factory=lambda: _tiers("device", "host"))
+    unsaved: dict[str, int] = dataclasses.field(default_factory=lambda: _tiers("device", "host"))
+    saved: int = 0
+    fetched: int = 0
+    failures: dict[str, int] = dataclasses.field(default_factory=dict)
+    late: int = 0
+    on_event: Event | None = dataclasses.field(default=None, repr=False)

@@ -1,0 +1,133 @@
+"""A sequence of tokens that is computed, or waits for it, and what a step has to move."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from jax_kvpool.cache.keys import TOKEN_BYTES, chain
+
+__all__ = ["Matched", "Moves", "Sequence"]
+
+
+class Matched(NamedTuple):
+    """How many tokens of a sequence need not be computed: in pages on the device, then in the host pool, and, behind
+    those, in pages that other sequences are computing."""
+
+    device: int
+    host: int
+    pending: int
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(eq=False)
+class Moves:
+    """What a step moves: copy, then store, then load, then compute. A pytree of six arrays of page ids, padded with -1
+    to a few lengths; hand it to the jitted step as an argument.
+
+    Attributes:
+      copies: (sources, targets), pages of the device pool; see `copy_pages`.
+      stores, loads: (device pages, host pages); see `store` and `load`, or `run_layers`.
+      step: the step's number, from 1 on; not a part of the pytree.
+      num_copies, num_stores, num_loads: without padding; neither.
+    """
+
+    copies: tuple[Any, Any]
+    stores: tuple[Any, Any]
+    loads: tuple[Any, Any]
+    step: int = 0
+    num_copies: int = 0
+    num_stores: int = 0
+    num_loads: int = 0
+
+    def tree_flatten(self) -> tuple[Any, None]:
+        return (self.copies, self.stores, self.loads), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> Moves:
+        return cls(*children)
+
+
+class Sequence:
+    """Of a `KVCache`, made by its `open` and `fork`. Looked at, never changed, by the engine.
+
+    Attributes:
+      pages: the device pages of its tokens, int32, in order; a view that is valid until the cache is called again.
+      num_cached: tokens whose KV was there when it was admitted.
+      num_committed: tokens whose KV is known to be in its pages.
+      is_admitted: whether it has pages.
+    """
+
+    def __init__(self, data: bytes, page_size: int, root: bytes, extras: dict[int, bytes]) -> None:
+        self.num_cached = 0
+        self.num_committed = 0
+        self.is_admitted = False
+        self._page_size = page_size
+        self._tokens = np.frombuffer(data, "<i4").astype(np.int32)  # grows with what is committed
+        self._num_known = self._tokens.size
+        self._root, self._keys, self._extras = root, list[bytes](), extras
+        # While it is admitted:
+        self._entries: list[int] = []  # of its first pages, pinned
+        self._is_indexed = True  # whether the next full page gets an entry
+        self._table = np.empty(0, np.int32)
+        self._num_pages = 0
+        self._pending: list[bytes] = []  # keys that it has told others of
+
+    @property
+    def pages(self) -> npt.NDArray[np.int32]:
+        view = self._table[: self._num_pages]
+        view.flags.writeable = False
+        return view
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """All that are known: those that it was opened with, and what was committed behind them. A view."""
+        view = self._tokens[: self._num_known]
+        view.flags.writeable = False
+        return view
+
+    def __repr__(self) -> str:
+        state = f"{self._num_pages} pages, {self.num_cached} tokens cached" if self.is_admitted else "not admitted"
+        return f"Sequence({self._num_known} tokens, {self.num_committed} committed, {state})"
+
+    def _keys_of(self, num_pages: int) -> Iterator[bytes]:
+        """The keys of the first pages, each computed when it is asked for, once."""
+        yield from self._keys[:num_pages]
+        if (begin := len(self._keys)) < num_pages:
+            parent = self._keys[-1] if begin else self._root
+            data = self._tokens[begin * self._page_size : num_pages * self._page_size].tobytes()
+            extras = {page - begin: extra for page, extra in self._extras.items() if page >= begin}
+            for key in chain(parent, data, self._page_size, extras):
+                self._keys.append(key)
+                yield key
+
+    def _all_keys(self, num_pages: int) -> list[bytes]:
+        """The keys of the first pages, and maybe of more."""
+        if len(self._keys) < num_pages:
+            collections.deque(self._keys_of(num_pages), maxlen=0)
+        return self._keys
+
+    def _by_page(self, num_pages: int) -> npt.NDArray[np.int32]:
+        """The tokens of the first pages."""
+        return self._tokens[: num_pages * self._page_size].reshape(num_pages, self._page_size)
+
+    def _append_tokens(self, tokens: npt.NDArray[np.int32]) -> None:
+        if (end := self._num_known + tokens.size) > self._tokens.size:
+            self._tokens = np.concatenate([self._tokens[: self._num_known], np.empty(end, np.int32)])
+        self._tokens[self._num_known : end] = tokens
+        self._num_known = end
+
+    def _append_pages(self, pages: list[int]) -> None:
+        if (end := self._num_pages + len(pages)) > self._table.size:
+            self._table = np.concatenate([self._table[: self._num_pages], np.empty(end, np.int32)])
+        self._table[self._num_pages : end] = pages
+        self._num_pages = end
+
+
+assert TOKEN_BYTES == np.dtype(np.int32).itemsize

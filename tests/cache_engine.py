@@ -1,0 +1,192 @@
+"""An engine of a `KVCache` without a device: it executes plans on pools whose pages hold, for each token, all tokens up
+to it. So a page that is not what it should be is seen."""
+
+import numpy as np
+
+from jax_kvpool import DevicePool, HostPool, PageSpec
+from jax_kvpool.cache import KVCache
+
+PAGE = 4
+SPEC = PageSpec.uniform(PAGE, 1, {"k": ((8,), "float32")})
+
+
+class Output:
+    """Of a step, on the device: a leaf of a pytree with `is_ready`."""
+
+    def __init__(self):
+        self.ready = False
+
+    def is_ready(self):
+        return self.ready
+
+    def block_until_ready(self):
+        self.ready = True
+
+
+class Running:
+    """A sequence of the engine: what it computes is its tokens, then what `answers` says."""
+
+    def __init__(self, seq, tokens):
+        self.seq, self.tokens = seq, [int(t) for t in tokens]
+        self.num_computed = 0
+
+
+class Engine:
+    def __init__(self, num_device=6, num_host=8, **options):
+        self.device, self.host = [[None] * PAGE for _ in range(num_device)], [[None] * PAGE for _ in range(num_host)]
+        self.cache = KVCache(DevicePool.create(SPEC, num_device), HostPool.create(SPEC, num_host), **options)
+        self.running = []
+        self.in_flight = []  # (moves, output, host pages that it wrote)
+        self.num_loaded = 0
+
+    # ---- what an engine does ----
+
+    def start(self, tokens, num_more=0, **options):
+        seq = self.cache.open(np.array(tokens, np.int32), **options)
+        self.check_match(seq, tokens, self.cache.match(seq))
+        if not self.cache.admit(seq, len(tokens) + num_more):
+            assert not seq.is_admitted
+            return None
+        running = Running(seq, tokens)
+        running.salt = options.get("salt", b"")
+        running.num_computed = seq.num_cached
+        assert seq.num_cached < len(tokens)
+        self.running.append(running)
+        return running
+
+    def check_match(self, seq, tokens, matched):
+        assert sum(matched) < len(tokens) and not any(n % PAGE for n in matched)
+
+    def step(self, portions=None, fate="dispatched"):
+        """Computes the next tokens of some sequences: `portions`, so many of each."""
+        moves = self.cache.step()
+        self.check_moves(moves)
+        if fate == "cancelled":
+            self.cache.cancelled(moves)
+            return
+        self.execute(moves)
+        computed = []
+        for running, num in (portions or {}).items():
+            if not self.cache.is_loaded(running.seq):
+                continue
+            num = min(num, len(running.tokens) - running.num_computed)
+            pages = running.seq.pages
+            end = running.num_computed + num
+            assert end <= len(pages) * PAGE
+            prefix = [running.salt, *running.tokens]
+            for at in range(running.num_computed):  # attention reads all before
+                assert self.device[pages[at // PAGE]][at % PAGE] == tuple(prefix[: at + 2]), (running.seq, at)
+            for at in range(running.num_computed, end):
+                self.device[pages[at // PAGE]][at % PAGE] = tuple(prefix[: at + 2])
+            computed.append((running, running.num_computed, end))
+            running.num_computed = end
+        output = Output()
+        self.cache.dispatched(moves, output)
+        self.in_flight.append((moves, output))
+        for running, begin, end in computed:
+            self.cache.commit(running.seq, running.tokens[begin:end])
+
+    def check_moves(self, moves):
+        for name in ("copies", "stores", "loads"):
+            first, second = getattr(moves, name)
+            assert first.dtype == second.dtype == np.int32 and len(first) == len(second)
+            num = getattr(moves, f"num_{name}")
+            assert (first[:num] >= 0).all() and (first[num:] == -1).all() and (second[num:] == -1).all()
+            targets = first[:num] if name == "loads" else second[:num]
+            assert len(set(targets.tolist())) == num, name  # each destination once
+        stored_to, loaded_from = set(moves.stores[1].tolist()) - {-1}, set(moves.loads[1].tolist()) - {-1}
+        assert not stored_to & loaded_from
+        copied_to = set(moves.copies[1].tolist()) - {-1}
+        assert not copied_to & (set(moves.stores[0].tolist()) | set(moves.loads[0].tolist()))
+
+    def execute(self, moves):
+        copies = [(self.device[source], target) for source, target in zip(*moves.copies, strict=True) if source >= 0]
+        for page, target in copies:  # all at once
+            self.device[target] = list(page)
+        for source, target in zip(*moves.stores, strict=True):
+            if source >= 0:
+                self.host[target] = list(self.device[source])
+        for target, source in zip(*moves.loads, strict=True):
+            if target >= 0:
+                self.device[target] = list(self.host[source])
+                self.num_loaded += 1
+
+    def land(self, num=1):
+        for _, output in self.in_flight[:num]:
+            output.ready = True
+        del self.in_flight[:num]
+        self.cache.poll()
+
+    def release(self, running):
+        self.cache.release(running.seq)
+        self.running.remove(running)
+
+    def fork(self, running):
+        seq = self.cache.fork(running.seq)
+        if seq is None:
+            return None
+        child = Running(seq, running.tokens[: running.num_computed])
+        child.salt, child.num_computed = running.salt, running.num_computed
+        self.running.append(child)
+        return child
+
+    def fail(self):
+        """The oldest step that is in flight, and all behind it; what they wrote is anything."""
+        moves, _ = self.in_flight[0]
+        for page in range(len(self.device)):
+            self.device[page] = ["lost"] * PAGE
+        for later, _ in self.in_flight:
+            for target in later.stores[1].tolist():
+                if target >= 0:
+                    self.host[target] = ["lost"] * PAGE
+        self.cache.failed(moves)
+        self.in_flight.clear()
+        lost, self.running = self.running, []
+        assert not any(running.seq.is_admitted for running in lost)
+
+    # ---- what must always hold ----
+
+    def check(self):
+        tiers = self.cache._tiers
+        owners = {}
+        for running in self.running:
+            pages = running.seq.pages.tolist()
+            assert len(set(pages)) == len(pages)
+            shared = {tiers.device_page[entry] for entry in running.seq._entries}
+            for page in pages:
+                if page not in shared:
+                    assert page not in owners, page
+                    owners[page] = running
+        pins = {}
+        for running in self.running:
+            for entry in running.seq._entries:
+                pins[entry] = pins.get(entry, 0) + 1
+        hosts = {}
+        alive = [e for e in range(len(tiers.pins)) if tiers.device_page[e] >= 0 or tiers.host_page[e] >= 0]
+        indexed = set(tiers.index.entries())
+        assert indexed <= set(alive)  # an indexed key has a copy
+        for entry in alive:
+            assert tiers.pins[entry] == pins.get(entry, 0)
+            device, host = tiers.device_page[entry], tiers.host_page[entry]
+            if device >= 0:
+                assert device not in owners, device
+                owners[device] = entry
+            if host >= 0:
+                assert host not in hosts
+                hosts[host] = entry
+            assert (entry in tiers.device) == (device >= 0 and not tiers.pins[entry])
+            assert (entry in tiers.host) == (host >= 0 and not tiers.pins[entry] and host not in tiers.held)
+            if entry in indexed:
+                tokens = tuple(tiers.index.tokens[entry].tolist())
+                if host >= 0 and tiers.stored[host] <= tiers.dispatched:
+                    self.check_page(self.host[host], tokens)
+                if device >= 0 and entry not in tiers.loading:
+                    self.check_page(self.device[device], tokens)
+        assert tiers.free_device.num_free + len(owners) == len(self.device) - len(tiers.free_device.reserved)
+        assert len(tiers._free_host) + len(hosts) + len(tiers._freed_while_held) == len(self.host)
+        assert len(set(tiers._free_host)) == len(tiers._free_host)
+
+    def check_page(self, page, tokens):
+        assert all(isinstance(token, tuple) for token in page), page
+        assert tuple(token[-1] for token in page) == tokens
+        assert all(later[: len(token)] == token for token, later in zip(page, page[1:], strict=False))
