@@ -21,7 +21,7 @@ from jax_kvpool.layout import (  # noqa: E402
     fingerprint,
 )
 from jax_kvpool.memory import HostMemory  # noqa: E402
-from jax_kvpool.ops import PageStatus, load, page_status, store  # noqa: E402
+from jax_kvpool.ops import PageStatus, copy_pages, load, page_status, store  # noqa: E402
 from jax_kvpool.overlap import run_layers  # noqa: E402
 from jax_kvpool.page_ids import host_ids  # noqa: E402
 from jax_kvpool.tuning import Tuning  # noqa: E402
@@ -44,6 +44,7 @@ __all__ = [
     "StalePageError",
     "Tuning",
     "calibrate",
+    "copy_pages",
     "fingerprint",
     "host_ids",
     "load",

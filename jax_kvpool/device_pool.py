@@ -152,6 +152,11 @@ class DevicePool:
             leaves[places[key]] = array
         return type(self)(jax.tree.unflatten(tree, leaves), self.spec, self.layout, self.num_pages)
 
+    def page_axes(self) -> list[int]:
+        """Which axis of each of the `flat_arrays` counts the pages; with merged tokens, the pages' tokens."""
+        slabs = {place.array: place.slab for place in self.placement.places}
+        return [_page_axis(slabs[array], self.layout) for array in range(len(slabs))]
+
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         return ((jax.tree_util.GetAttrKey("arrays"), self.arrays),), (self.spec, self.layout, self.num_pages)
 
@@ -244,7 +249,7 @@ def _difference(found: Set[Key], expected: Set[Key]) -> str:
     return " and ".join(parts)
 
 
-def _page_axis(ndim: int, slab: Slab, layout: Layout) -> int:
+def _page_axis(slab: Slab, layout: Layout) -> int:
     """Where an array with slabs like this one has its pages."""
     return [axis for axis in layout.order if axis != "head" or len(slab.shape) >= 2].index("page")
 
@@ -256,7 +261,7 @@ def _num_pages(array: Any, key: Key, spec: PageSpec, layout: Layout) -> int:
     slabs = [s for s in spec.slabs if layer in (None, s.layer) and name in (None, s.name)]
     if not slabs:
         raise ValueError(f"arrays{_place(key)}: the spec has no such slab: {spec}")
-    at = _page_axis(len(shape), slabs[0], layout)
+    at = _page_axis(slabs[0], layout)
     tokens = spec.page_size if layout.merges_tokens else 1
     fits = len(shape) > at and shape[at] > 0 and shape[at] % tokens == 0
     # Of another number it has another shape, of which the error tells.
@@ -296,7 +301,7 @@ def _fits(shape: tuple[int, ...], key: Key, spec: PageSpec, layout: Layout) -> b
     slabs = [s for s in spec.slabs if layer in (None, s.layer) and name in (None, s.name)]
     if not slabs or ("kv" in layout.order) != (name is None):
         return False
-    at = _page_axis(len(shape), slabs[0], layout)
+    at = _page_axis(slabs[0], layout)
     tokens = spec.page_size if layout.merges_tokens else 1
     if len(shape) <= at or shape[at] % tokens or shape[at] < tokens:
         return False

@@ -29,7 +29,7 @@ from jax_kvpool.id_arrays import PageIds, is_on_host, page_pairs
 from jax_kvpool.plan import STAGED_ALIGNMENT, TRACED_LAYER, CopyPlan, Stages, copy_plan
 from jax_kvpool.tuning import current
 
-__all__ = ["PageStatus", "load", "page_status", "store"]
+__all__ = ["PageStatus", "copy_pages", "load", "page_status", "store"]
 
 _BY_ENGINE: Final = {LOAD_TARGET: LOAD_BY_ENGINE_TARGET, STORE_TARGET: STORE_BY_ENGINE_TARGET}
 
@@ -325,6 +325,41 @@ def _difference(device: DevicePool, host: HostPool) -> str:
     return "; ".join(groups)
 
 
+def copy_pages(device: DevicePool, sources: PageIds, targets: PageIds) -> DevicePool:
+    """Copies pages inside the device pool: `device[targets[i]] = device[sources[i]]` for all i, at once: a page that is
+    a source and a target is read before it is written.
+
+    Plain JAX, usable inside and outside of jit on any device; donate the pool, then nothing else is copied.
+
+    Args:
+      device: the pool; changed in place where it is donated.
+      sources, targets: page ids as in `load`. A pair with an id outside of the pool is skipped. A page twice among the
+        targets has either content.
+
+    Returns:
+      The device pool. Raises as `load`.
+    """
+    checked_kind("device", device, DevicePool, "DevicePool.wrap(arrays, spec) makes one")
+    pairs = page_pairs("sources", sources, "targets", targets)
+    if not pairs[0].size:
+        return device
+    sources, targets = map(_on_device, pairs)
+    is_copied = (sources >= 0) & (sources < device.num_pages) & (targets >= 0) & (targets < device.num_pages)
+    targets = jnp.where(is_copied, targets, device.num_pages)  # which is dropped
+    arrays = []
+    for array, axis in zip(device.flat_arrays("device.arrays"), device.page_axes(), strict=True):
+        pages = array.reshape(*array.shape[:axis], device.num_pages, -1, *array.shape[axis + 1 :])
+        copied = jnp.take(pages, sources, axis=axis, mode="clip")
+        at = (*[slice(None)] * axis, targets)
+        arrays.append(pages.at[at].set(copied, mode="drop").reshape(array.shape))
+    return device.with_flat_arrays(arrays)
+
+
+def _on_device(ids: Any) -> jax.Array:
+    """Those of `host_ids` cannot be computed with where they are."""
+    return jax.device_put(ids, jax.memory.Space.Device) if is_on_host(ids) else jnp.asarray(ids)
+
+
 class PageStatus(enum.IntEnum):
     """What `load` and `store` do with a pair of page ids."""
 
@@ -342,9 +377,7 @@ def page_status(device: DevicePool, host: HostPool, device_pages: PageIds, host_
     """
     check_kinds(device, host)
     pairs = page_pairs("device_pages", device_pages, "host_pages", host_pages)
-    device_pages, host_pages = (
-        jax.device_put(ids, jax.memory.Space.Device) if is_on_host(ids) else jnp.asarray(ids) for ids in pairs
-    )
+    device_pages, host_pages = map(_on_device, pairs)
     status = jnp.where(
         (host_pages < 0) | (host_pages >= host.num_pages), PageStatus.HOST_PAGE_OUT_OF_RANGE, PageStatus.COPIED
     )

@@ -1,10 +1,14 @@
 """An engine of a `KVCache` without a device: it executes plans on pools whose pages hold, for each token, all tokens up
 to it. So a page that is not what it should be is seen."""
 
+import concurrent.futures
+import itertools
+import types
+
 import numpy as np
 
 from jax_kvpool import DevicePool, HostPool, PageSpec
-from jax_kvpool.cache import KVCache
+from jax_kvpool.cache import KVCache, page_keys
 
 PAGE = 4
 SPEC = PageSpec.uniform(PAGE, 1, {"k": ((8,), "float32")})
@@ -23,6 +27,69 @@ class Output:
         self.ready = True
 
 
+def result(outcome):
+    return types.SimpleNamespace(
+        is_hit=outcome in ("found", "stored", "exists"), outcome=types.SimpleNamespace(value=outcome), reason="why not"
+    )
+
+
+def stored_pages(tokens):
+    """The key and the content of each full page of tokens, without salt and version."""
+    prefix = [(b"", b""), *tokens]
+    keys = page_keys(np.array(tokens, np.int32), PAGE)
+    for page, key in enumerate(keys):
+        yield key, [tuple(prefix[: at + 2]) for at in range(page * PAGE, (page + 1) * PAGE)]
+
+
+class VirtualStore:
+    """A store whose calls happen when `go_on` says so, or never. Its records are pages of the engine's host pool."""
+
+    def __init__(self, pages=None):
+        self.pages = {} if pages is None else pages  # what lies behind
+        self.under_way = []
+        self.engine = None
+
+    def put(self, keys, pages):
+        for key, page in zip(keys, pages, strict=True):
+            content = self.engine.host[page]
+            assert page not in self.engine.written_in_flight()
+            assert self.engine.key_of(content) == key
+            self.pages.setdefault(key, list(content))
+        return [result("stored")] * len(keys)
+
+    def get(self, keys, pages):
+        for key, page in zip(keys, pages, strict=True):
+            assert page not in self.engine.touched_in_flight()
+            self.engine.host[page] = list(self.pages.get(key, ["garbage"] * PAGE))
+        return [result("found" if key in self.pages else "missing") for key in keys]
+
+    def contains(self, keys):
+        return [result("exists" if key in self.pages else "missing") for key in keys]
+
+    def submit(self, method, keys, *pages):
+        future = concurrent.futures.Future()
+        self.under_way.append((method, keys, pages, future))
+        return future
+
+    def go_on(self, at=0, fate="works", which=0):
+        """A call happens; or one key of it fails, or all of it does."""
+        if not self.under_way:
+            return
+        method, keys, pages, future = self.under_way.pop(at % len(self.under_way))
+        if fate == "raises":
+            if pages and method == self.get:
+                for page in pages[0]:
+                    self.engine.host[page] = ["garbage"] * PAGE
+            future.set_exception(OSError("no"))
+            return
+        results = method(keys, *pages)
+        if fate == "fails":
+            results[which % len(keys)] = result("failed")
+            if method == self.get:
+                self.engine.host[pages[0][which % len(keys)]] = ["garbage"] * PAGE
+        future.set_result(results)
+
+
 class Running:
     """A sequence of the engine: what it computes is its tokens, then what `answers` says."""
 
@@ -32,23 +99,36 @@ class Running:
 
 
 class Engine:
-    def __init__(self, num_device=6, num_host=8, **options):
+    def __init__(self, num_device=6, num_host=8, stores=(), **options):
         self.device, self.host = [[None] * PAGE for _ in range(num_device)], [[None] * PAGE for _ in range(num_host)]
-        self.cache = KVCache(DevicePool.create(SPEC, num_device), HostPool.create(SPEC, num_host), **options)
+        host = HostPool.create(SPEC, num_host)
+        host.memories *= max(len(stores), 1)  # as if it had so many shards
+        self.cache = KVCache(DevicePool.create(SPEC, num_device), host, stores=stores, **options)
+        self.stores, self.version = stores, b""
+        for store in stores:
+            store.engine = self
+        if stores:
+            self.cache._saving._host = types.SimpleNamespace(unchecked_record=lambda page, shard: page)
+        self.waiting = []  # sequences that have asked the stores, and their tokens and salts
         self.running = []
         self.in_flight = []  # (moves, output, host pages that it wrote)
         self.num_loaded = 0
 
     # ---- what an engine does ----
 
-    def start(self, tokens, num_more=0, **options):
+    def wait(self, tokens, seconds, **options):
         seq = self.cache.open(np.array(tokens, np.int32), **options)
+        self.cache.prefetch(seq, seconds)
+        self.waiting.append((seq, tokens, options))
+
+    def start(self, tokens, num_more=0, seq=None, **options):
+        seq = self.cache.open(np.array(tokens, np.int32), **options) if seq is None else seq
         self.check_match(seq, tokens, self.cache.match(seq))
         if not self.cache.admit(seq, len(tokens) + num_more):
             assert not seq.is_admitted
             return None
         running = Running(seq, tokens)
-        running.salt = options.get("salt", b"")
+        running.root = options.get("salt", b""), self.version
         running.num_computed = seq.num_cached
         assert seq.num_cached < len(tokens)
         self.running.append(running)
@@ -73,7 +153,7 @@ class Engine:
             pages = running.seq.pages
             end = running.num_computed + num
             assert end <= len(pages) * PAGE
-            prefix = [running.salt, *running.tokens]
+            prefix = [running.root, *running.tokens]
             for at in range(running.num_computed):  # attention reads all before
                 assert self.device[pages[at // PAGE]][at % PAGE] == tuple(prefix[: at + 2]), (running.seq, at)
             for at in range(running.num_computed, end):
@@ -126,7 +206,7 @@ class Engine:
         if seq is None:
             return None
         child = Running(seq, running.tokens[: running.num_computed])
-        child.salt, child.num_computed = running.salt, running.num_computed
+        child.root, child.num_computed = running.root, running.num_computed
         self.running.append(child)
         return child
 
@@ -146,6 +226,17 @@ class Engine:
 
     # ---- what must always hold ----
 
+    def key_of(self, content):
+        """Of a page with this content."""
+        (salt, version), *tokens = content[-1]
+        return [*page_keys(np.array(tokens, np.int32), PAGE, salt=salt, version=version)][-1]
+
+    def written_in_flight(self):
+        return {page for moves, _ in self.in_flight for page in moves.stores[1].tolist()}
+
+    def touched_in_flight(self):
+        return self.written_in_flight() | {page for moves, _ in self.in_flight for page in moves.loads[1].tolist()}
+
     def check(self):
         tiers = self.cache._tiers
         owners = {}
@@ -158,9 +249,12 @@ class Engine:
                     assert page not in owners, page
                     owners[page] = running
         pins = {}
-        for running in self.running:
-            for entry in running.seq._entries:
+        leases = [*self.cache._saving._leases] if self.stores else []
+        for entries in [*(running.seq._entries for running in self.running), *(lease.entries for lease in leases)]:
+            for entry in entries:
                 pins[entry] = pins.get(entry, 0) + 1
+        gets = [page for call, _ in (self.cache._saving._gets if self.stores else ()) for page in call.pages]
+        assert len(tiers.held) <= max(len(self.host) // 4, 2) and set(gets) <= tiers.held
         hosts = {}
         alive = [e for e in range(len(tiers.pins)) if tiers.device_page[e] >= 0 or tiers.host_page[e] >= 0]
         indexed = set(tiers.index.entries())
@@ -183,10 +277,10 @@ class Engine:
                 if device >= 0 and entry not in tiers.loading:
                     self.check_page(self.device[device], tokens)
         assert tiers.free_device.num_free + len(owners) == len(self.device) - len(tiers.free_device.reserved)
-        assert len(tiers._free_host) + len(hosts) + len(tiers._freed_while_held) == len(self.host)
+        assert len(tiers._free_host) + len(hosts) + len(tiers._freed_while_held) + len(gets) == len(self.host)
         assert len(set(tiers._free_host)) == len(tiers._free_host)
 
     def check_page(self, page, tokens):
         assert all(isinstance(token, tuple) for token in page), page
         assert tuple(token[-1] for token in page) == tokens
-        assert all(later[: len(token)] == token for token, later in zip(page, page[1:], strict=False))
+        assert all(later[: len(token)] == token for token, later in itertools.pairwise(page))

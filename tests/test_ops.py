@@ -17,6 +17,7 @@ from jax_kvpool import (
     Layout,
     PageSpec,
     PageStatus,
+    copy_pages,
     host_ids,
     load,
     page_status,
@@ -453,3 +454,31 @@ def test_pools_that_xla_may_count_twice(monkeypatch, platform, memory_bytes, rem
             jax.jit(lambda *args: op(*args)).lower(device, host, ids, ids)
         finally:
             jax.config.update("jax_compiler_enable_remat_pass", True)
+
+
+@pytest.mark.parametrize(
+    "layout", [*DEVICE_LAYOUTS, Layout.parse("kv page token head"), Layout.parse("page head token")]
+)
+@pytest.mark.parametrize("name", ["gqa", "mla"])
+def test_copies_of_pages(name, layout, device):
+    """All at once, whatever the layout; of pairs that are skipped, nothing."""
+    spec = oracle.SPECS[name](4)
+    try:
+        pool = DevicePool.create(spec, 7, layout, device=device)
+    except ValueError:
+        pytest.skip("this spec has no such layout")
+    numbered = [  # each page has its number in all bytes
+        jnp.broadcast_to(
+            jnp.repeat(jnp.arange(7), a.shape[axis] // 7).reshape(-1, *[1] * (a.ndim - axis - 1)), a.shape
+        ).astype(a.dtype)
+        for a, axis in zip(pool.flat_arrays(), pool.page_axes(), strict=True)
+    ]
+    pool = pool.with_flat_arrays([jax.device_put(a, device) for a in numbered])
+    sources, targets = np.array([3, 5, -1, 0, 1, 2], np.int32), np.array([5, 3, 4, 7, -1, 0], np.int32)
+    expected = [0, 1, 2, 3, 4, 5, 6]
+    expected[5], expected[3], expected[0] = 3, 5, 2
+    copied = jax.jit(copy_pages, donate_argnums=0)(pool, host_ids(sources, device=device), targets)
+    for array, axis in zip(copied.flat_arrays(), copied.page_axes(), strict=True):
+        pages = np.moveaxis(np.asarray(array).astype(np.float32), axis, 0).reshape(7, -1)
+        np.testing.assert_array_equal(pages, np.broadcast_to(np.array(expected)[:, None], pages.shape))
+    assert copy_pages(copied, [], []) is copied

@@ -6,8 +6,9 @@ of an entry lies in arrays, and keys lie in 256 dictionaries, each of which is s
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -37,7 +38,7 @@ class Index:
 
     def match(self, keys: Iterable[bytes], tokens: npt.NDArray[np.int32]) -> list[int]:
         """The entries of the longest known prefix. `tokens`: `(pages, page_size)`; they are compared, too: a key that
-        two pages share ends the match."""
+        two pages share ends the match. No more keys are asked for than it takes."""
         by_key, serials, parents = self._by_key, self.serial, self._parent_serial
         found: list[int] = []
         parent = 0
@@ -53,38 +54,48 @@ class Index:
                 del found[int(is_equal.argmin()) :]
         return found
 
-    def find(self, key: bytes, parent: int | None, tokens: npt.NDArray[np.int32]) -> int | None:
-        """The entry of this page behind the entry `parent`, None: at the beginning. -1: there is none; None: another
-        page has the key."""
-        entry = self._by_key[key[0]].get(key, -1)
-        if entry < 0:
-            return -1
-        is_same = self._parent_serial[entry] == self._serial_of(parent) and (self.tokens[entry] == tokens).all()
-        return entry if is_same else None
+    def insert(
+        self, keys: list[bytes], parent: int | None, tokens: npt.NDArray[np.int32]
+    ) -> tuple[list[int], list[int]]:
+        """Entries of pages in a row, the first one behind the entry `parent`; None: at the beginning.
 
-    def insert(self, key: bytes, parent: int | None, tokens: npt.NDArray[np.int32]) -> int:
-        """A new entry under a key that no other has."""
-        entry = self._unused.pop()
-        self.tokens[entry] = tokens
-        self._keys[entry] = np.frombuffer(key, np.uint8)
-        self._parent_serial[entry] = self._serial_of(parent)
-        self.serial[entry] = self._next_serial
-        self._next_serial += 1
-        self._by_key[key[0]][key] = entry
-        self.num_pages += 1
-        return entry
+        Returns the entries, and which of them are new. Fewer than keys: another page has the next key.
+        """
+        entries, new, rows = list[int](), list[int](), list[int]()
+        by_key, serials, parents, unused = self._by_key, self.serial, self._parent_serial, self._unused
+        before = 0 if parent is None else serials[parent]
+        for row, key in enumerate(keys):
+            of_byte = by_key[key[0]]
+            entry = of_byte.get(key, -1)
+            if entry < 0:
+                entry = of_byte[key] = unused.pop()
+                parents[entry], serials[entry] = before, self._next_serial
+                self._next_serial += 1
+                new.append(entry)
+                rows.append(row)
+            elif parents[entry] != before or not np.array_equal(self.tokens[entry], tokens[row]):
+                break
+            entries.append(entry)
+            before = serials[entry]
+        if new:
+            self.tokens[new] = tokens[rows]
+            self._keys[new] = np.frombuffer(b"".join([keys[row] for row in rows]), np.uint8).reshape(-1, _KEY_BYTES)
+            self.num_pages += len(new)
+        return entries, new
 
-    def hide(self, entry: int) -> None:
-        """No key finds it any more; the entry stays."""
-        if self.serial[entry]:
-            key = self.key(entry)
+    def hide(self, entries: list[int]) -> None:
+        """No key finds them any more; the entries stay."""
+        found = [entry for entry in entries if self.serial[entry]]
+        keys = self._keys[found].tobytes()
+        for i, entry in enumerate(found):
+            key = keys[i * _KEY_BYTES : (i + 1) * _KEY_BYTES]
             del self._by_key[key[0]][key]
             self.serial[entry] = 0
-            self.num_pages -= 1
+        self.num_pages -= len(found)
 
-    def remove(self, entry: int) -> None:
-        self.hide(entry)
-        self._unused.append(entry)
+    def remove(self, entries: list[int]) -> None:
+        self.hide(entries)
+        self._unused.extend(entries)
 
     def key(self, entry: int) -> bytes:
         return self._keys[entry].tobytes()
@@ -92,9 +103,6 @@ class Index:
     def entries(self) -> list[int]:
         """All that keys find."""
         return [entry for of_byte in self._by_key for entry in of_byte.values()]
-
-    def _serial_of(self, parent: int | None) -> int:
-        return 0 if parent is None else self.serial[parent]
 
 
 class Recency:
@@ -119,17 +127,31 @@ class Recency:
     def __contains__(self, entry: int) -> bool:
         return self._ring[entry] != 0
 
-    def add(self, entry: int) -> None:
-        """As the most recently used one."""
-        self.discard(entry)
-        self._append(self._warm, 2, entry)
+    def add(self, entries: Iterable[int]) -> None:
+        """As the most recently used ones, the last one most recently."""
+        entries = [*entries]
+        self.discard(entries)
+        self._append(self._warm, 2, entries)
 
-    def discard(self, entry: int) -> None:
-        if ring := self._ring[entry]:
-            after, before = self._next[entry], self._before[entry]
-            self._next[before], self._before[after] = after, before
-            self._ring[entry] = 0
-            self._sizes[ring] -= 1
+    def add_oldest(self, entries: Iterable[int]) -> None:
+        """As those that go next, the first one first."""
+        entries = [*entries]
+        self.discard(entries)
+        for entry in reversed(entries):
+            first = self._next[self._cold]
+            self._next[self._cold] = self._before[first] = entry
+            self._before[entry], self._next[entry] = self._cold, first
+            self._ring[entry] = 1
+        self._sizes[1] += len(entries)
+
+    def discard(self, entries: Iterable[int]) -> None:
+        afters, befores, rings, sizes = self._next, self._before, self._ring, self._sizes
+        for entry in entries:
+            if ring := rings[entry]:
+                after, before = afters[entry], befores[entry]
+                afters[before], befores[after] = after, before
+                rings[entry] = 0
+                sizes[ring] -= 1
 
     def oldest(self) -> int:
         """The next to go; -1 if there is none."""
@@ -138,19 +160,36 @@ class Recency:
                 return entry
         return -1
 
-    def cool(self) -> Sequence[int]:
+    def take_oldest(self, num: int) -> list[int]:
+        """Takes the next to go out of it, of at least so many."""
+        entries = list[int]()
+        for head in (self._cold, self._warm):
+            entry = self._next[head]
+            while entry != head and len(entries) < num:
+                entries.append(entry)
+                entry = self._next[entry]
+        self.discard(entries)
+        return entries
+
+    def cool(self) -> list[int]:
         """Those that have become cold."""
-        cooled = []
-        while self._sizes[1] < self._share * len(self) and self._sizes[2]:
-            entry = self._next[self._warm]
-            self.discard(entry)
-            self._append(self._cold, 1, entry)
+        missing = min(math.ceil(self._share * len(self)) - self._sizes[1], self._sizes[2])
+        cooled = list[int]()
+        entry = self._warm
+        for _ in range(missing):
+            entry = self._next[entry]
             cooled.append(entry)
+        self.discard(cooled)
+        self._append(self._cold, 1, cooled)
         return cooled
 
-    def _append(self, head: int, ring: int, entry: int) -> None:
-        last = self._before[head]
-        self._next[last] = self._before[head] = entry
-        self._before[entry], self._next[entry] = last, head
-        self._ring[entry] = ring
-        self._sizes[ring] += 1
+    def _append(self, head: int, ring: int, entries: list[int]) -> None:
+        afters, befores, rings = self._next, self._before, self._ring
+        last = befores[head]
+        for entry in entries:
+            afters[last] = entry
+            befores[entry] = last
+            rings[entry] = ring
+            last = entry
+        afters[last], befores[head] = head, last
+        self._sizes[ring] += len(entries)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import collections
-
+import time
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
-from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, shown
+from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, checked_seconds, shown
 from jax_kvpool.cache.keys import TOKEN_BYTES, extras_by_page, root_key, token_bytes
 from jax_kvpool.cache.metrics import Event, Metrics
+from jax_kvpool.cache.saving import Lease, Saving
 from jax_kvpool.cache.sequence import Matched, Moves, Sequence
 from jax_kvpool.cache.tiers import Tiers
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
+
+if TYPE_CHECKING:
+    from jax_kvpool.stores import PageStore  # which needs more than the cache does
 
 __all__ = ["KVCache"]
 
@@ -43,6 +47,8 @@ class KVCache:
     Args:
       device, host: the pools, or their specs and numbers of pages in other words; only these are read. The pages of
         `host` belong to the cache. `host` None: no second tier.
+      stores: page stores, one for each shard of `host` that is this process's; by default none. A page is there if it is
+        in all of them. They are the caller's to close, after the cache.
       reserved: device pages that are never handed out.
       ahead: the share of the device tier, its coldest pages, that is kept stored in the host pool; 0: a page is stored
         when it has to go, 1: when it is committed.
@@ -64,6 +70,7 @@ class KVCache:
         device: DevicePool,
         host: HostPool | None = None,
         *,
+        stores: Iterable[PageStore] = (),
         reserved: Iterable[int] = (),
         ahead: float = 0.05,
         second: bool = False,
@@ -91,8 +98,14 @@ class KVCache:
             reserved=reserved,
             ahead=ahead,
             second=checked_kind("second", second, bool, "pass True or False"),
-            saves=False,
+            saves=bool(stores := [*stores]),
         )
+        self._saving = None
+        if stores:
+            if host is None or len(stores) != len(host.memories):
+                shards = 0 if host is None else len(host.memories)
+                raise ValueError(f"stores: expected one for each shard of the host pool, {shards}, got {len(stores)}")
+            self._saving = Saving(self._tiers, host, stores, self.metrics)
         self._min_pages = checked_int("min_pages", min_pages, 1)
         self._max_loads = checked_int("max_loads", max_loads, 1, MAX_INT32)
         self._make_ids = make_ids
@@ -105,16 +118,15 @@ class KVCache:
 
     # ---- sequences ----
 
-    def open(
-        self, tokens: npt.ArrayLike, *, salt: bytes = b"", extras: Iterable[tuple[int, bytes]] = ()
-    ) -> Sequence:
+    def open(self, tokens: npt.ArrayLike, *, salt: bytes = b"", extras: Iterable[tuple[int, bytes]] = ()) -> Sequence:
         """A sequence of these tokens, at least one; nothing is held for it yet. `tokens`, `salt`, `extras`: as in
         `page_keys`."""
         data = token_bytes("tokens", tokens)
         if not data:
             raise ValueError("tokens: expected at least one, got none")
         of_pages = extras_by_page(extras, self._page_size, len(data) // TOKEN_BYTES)
-        return Sequence(data, self._page_size, root_key(self._version, salt), of_pages)
+        root_key(b"", salt)  # raises if it is no salt
+        return Sequence(data, self._page_size, bytes(salt), of_pages)
 
     def match(self, seq: Sequence) -> Matched:
         """How many tokens need not be computed if it were admitted now; never all of them."""
@@ -131,6 +143,28 @@ class KVCache:
                 pending += 1
         size = self._page_size
         return Matched(of_device * size, (len(entries) - of_device) * size, pending * size)
+
+    def prefetch(self, seq: Sequence, seconds: float) -> None:
+        """Asks the stores for the pages behind those that are matched, in the background: looks up, then gets into the
+        host pool what is there, as far as there is room. What came can be matched, and stays there, until `admit`,
+        `release`, or the deadline in so many seconds; what is not there by then is a miss.
+        """
+        self._check_kind(seq)
+        seconds = checked_seconds("seconds", seconds)
+        if self._saving is None or seq.is_admitted:
+            return
+        self._end_lease(seq)
+        limit, entries = self._matchable(seq), self._match(seq)
+        if len(entries) < limit:
+            self._tiers.pin(entries)
+            keys, tokens = seq._all_keys(limit)[len(entries) : limit], seq._by_page(limit)[len(entries) :].copy()
+            seq._lease = Lease(keys, tokens, entries, time.monotonic() + seconds)
+            self._saving.request(seq._lease)
+
+    def is_fetching(self, seq: Sequence) -> bool:
+        """Whether pages that it has asked for may still come before its deadline."""
+        self._check_kind(seq)
+        return seq._lease is not None and not (seq._lease.is_over or seq._lease.is_done)
 
     def admit(self, seq: Sequence, num_tokens: int) -> bool:
         """Makes room for the first `num_tokens` tokens of a sequence, those that are cached included: `seq.pages` then
@@ -154,6 +188,10 @@ class KVCache:
         pages = tiers.take(len(to_load) + num_own)
         for entry in to_load:
             tiers.load(entry, pages.pop())
+        self._end_lease(seq)
+        fetched = sum(map(tiers.is_fetched.__getitem__, to_load))
+        for entry in to_load:
+            tiers.is_fetched[entry] = 0
         tiers.use(entries)
         seq._entries, seq._is_indexed, seq._num_pages = entries, True, 0
         seq._append_pages([tiers.device_page[entry] for entry in entries] + pages)
@@ -163,7 +201,8 @@ class KVCache:
         self._announce(seq, num_tokens)
         self.metrics.requests += 1
         self.metrics.tokens += num_tokens
-        self.metrics.hits["host"] += len(to_load) * self._page_size
+        self.metrics.hits["store"] += fetched * self._page_size
+        self.metrics.hits["host"] += (len(to_load) - fetched) * self._page_size
         self.metrics.hits["device"] += (len(entries) - len(to_load)) * self._page_size
         return True
 
@@ -224,7 +263,8 @@ class KVCache:
         if pages is None:
             tiers.unpin(seq._entries)
             return None
-        child = Sequence(b"", self._page_size, seq._root, seq._extras)
+        child = Sequence(b"", self._page_size, seq._salt, seq._extras)
+        child._version, child._root = seq._version, seq._root
         child._append_tokens(seq._tokens[: seq.num_committed])
         child._keys = seq._keys[: seq.num_committed // self._page_size]
         child._entries, child._is_indexed = [*seq._entries], seq._is_indexed
@@ -235,8 +275,11 @@ class KVCache:
         return child
 
     def release(self, seq: Sequence) -> None:
-        """Gives its pages back: at its end, when it is aborted, or to make room; then it may be admitted again. What it
+        """Gives its pages back, or ends its prefetch: at its end, when it is aborted, or to make room; then it may be admitted again. What it
         has committed can be matched from now on as before. Steps that were dispatched may still write the others."""
+        if isinstance(seq, Sequence) and not seq.is_admitted and seq._lease is not None:
+            self._end_lease(seq)
+            return
         self._check_admitted(seq)
         tiers = self._tiers
         shared = {tiers.device_page[entry] for entry in seq._entries}
@@ -282,13 +325,16 @@ class KVCache:
         plan.copies = [copy for copy in plan.copies if copy[1] in copy[2].pages[len(copy[2]._entries) :]]
 
     def poll(self) -> None:
-        """Looks which steps are done. Never blocks; to be called now and then, also when no step runs."""
+        """Looks which steps are done, and what the stores have done, and gives them more. Never blocks; to be called now
+        and then, also when no step runs."""
         while self._in_flight and self._in_flight[0][1] is not None:
             moves, output = self._in_flight[0]
             if not all(leaf.is_ready() for leaf in jax.tree.leaves(output)):
                 break
             self._in_flight.popleft()
             self._tiers.landed = moves.step
+        if self._saving is not None:
+            self._saving.poll()
 
     def landed(self, moves: Moves) -> None:
         """The step, and with it all before, is done on every device: for engines that have no array to ask."""
@@ -312,6 +358,8 @@ class KVCache:
             self._host.synchronize()
         self._in_flight.clear()
         self._moves = None
+        if self._saving is not None:
+            self._saving.end_all()
         for seq in list(self._running):
             self._forget(seq)
         self._tiers.fail(moves.step)
@@ -321,13 +369,36 @@ class KVCache:
         keep their pages until they are released."""
         root_key(version)
         self._version = version
+        if self._saving is not None:
+            self._saving.end_all()
         self._tiers.reset()
         for seq in self._running:
             seq._is_indexed = False
 
+    def close(self, flush: float = 0) -> None:
+        """Ends what is under way. With `flush`, puts what the host pool has and the stores have not, as far as it gets in
+        so many seconds. Whoever closes the stores behind that waits for what is left. Idempotent."""
+        if self._saving is None:
+            return
+        saving, deadline = self._saving, time.monotonic() + flush
+        saving.end_all()
+        if flush:
+            self.poll()
+            saving.save_all()
+            while saving.has_to_save and time.monotonic() < deadline:
+                self.poll()
+                time.sleep(1e-3)
+        saving.end_all()
+
     # ---- what they share ----
 
+    def _end_lease(self, seq: Sequence) -> None:
+        lease, seq._lease = seq._lease, None
+        if lease is not None and self._saving is not None:
+            self._saving.end(lease)
+
     def _match(self, seq: Sequence) -> list[int]:
+        seq._set_version(self._version)
         limit = self._matchable(seq)
         entries = self._tiers.index.match(seq._keys_of(limit), seq._by_page(limit))
         tiers = self._tiers
@@ -353,43 +424,31 @@ class KVCache:
 
     def _index_pages(self, seq: Sequence) -> None:
         """Gives entries to the pages that are full now."""
-        tiers, index = self._tiers, self._tiers.index
         begin, end = len(seq._entries), seq.num_committed // self._page_size
         if begin >= end or not seq._is_indexed:
             return
-        keys, tokens = seq._all_keys(end), seq._by_page(end)
-        for page in range(begin, end):
-            parent = seq._entries[-1] if seq._entries else None
-            own = int(seq._table[page])
-            entry = index.find(keys[page], parent, tokens[page])
-            if entry is None:  # another page has this key
-                seq._is_indexed = False
-                break
-            if entry < 0:
-                entry = tiers.insert(keys[page], parent, tokens[page], own)
-            else:
-                tiers.pin([entry])
-                tiers.use([entry])
-                if tiers.device_page[entry] < 0:
-                    tiers.device_page[entry] = own
-            seq._entries.append(entry)
+        parent = seq._entries[-1] if seq._entries else None
+        keys, tokens, pages = seq._all_keys(end)[begin:end], seq._by_page(end)[begin:], seq._table[begin:end].tolist()
+        seq._entries += self._tiers.insert(keys, parent, tokens, pages)
+        seq._is_indexed = len(seq._entries) == end  # else another page has the next key
         self._withdraw(seq, end)
 
     def _announce(self, seq: Sequence, num_tokens: int) -> None:
         """Tells which pages a sequence is going to compute, as far as its tokens are known."""
-        end = min(num_tokens, seq._num_known) // self._page_size
-        seq._pending = seq._all_keys(end)[len(seq._entries) : end]
-        self._pending.update(seq._pending)
+        begin, end = len(seq._entries), min(num_tokens, seq._num_known) // self._page_size
+        self._pending.update(seq._all_keys(end)[begin:end])
+        seq._pending = begin, max(begin, end)
 
     def _withdraw(self, seq: Sequence, num_pages: int) -> None:
         """Of those, the ones of the first pages, which are there, or will not be."""
-        done = set(seq._keys[:num_pages])
-        for key in seq._pending:
-            if key in done:
-                self._pending[key] -= 1
-                if not self._pending[key]:
-                    del self._pending[key]
-        seq._pending = [key for key in seq._pending if key not in done]
+        begin, end = seq._pending
+        pending = self._pending
+        for key in seq._keys[begin : min(num_pages, end)]:
+            if pending[key] > 1:
+                pending[key] -= 1
+            else:
+                del pending[key]
+        seq._pending = max(begin, min(num_pages, end)), end
 
     def _take_for_copies(self, num: int) -> list[int] | None:
         """Device pages that no store reads which comes with the copies, or behind them."""

@@ -46,3 +46,6 @@ class Metrics:
     failures: dict[str, int] = dataclasses.field(default_factory=dict)
     late: int = 0
     on_event: Event | None = dataclasses.field(default=None, repr=False)
+
+    def fail(self, reason: str, num: int) -> None:
+        self.failures[reason] = self.failures.get(reason, 0) + num

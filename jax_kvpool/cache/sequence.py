@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jax_kvpool.cache.keys import TOKEN_BYTES, chain
+from jax_kvpool.cache.keys import TOKEN_BYTES, chain, root_key
 
 __all__ = ["Matched", "Moves", "Sequence"]
 
@@ -64,20 +64,23 @@ class Sequence:
       is_admitted: whether it has pages.
     """
 
-    def __init__(self, data: bytes, page_size: int, root: bytes, extras: dict[int, bytes]) -> None:
+    def __init__(self, data: bytes, page_size: int, salt: bytes, extras: dict[int, bytes]) -> None:
         self.num_cached = 0
         self.num_committed = 0
         self.is_admitted = False
         self._page_size = page_size
         self._tokens = np.frombuffer(data, "<i4").astype(np.int32)  # grows with what is committed
         self._num_known = self._tokens.size
-        self._root, self._keys, self._extras = root, list[bytes](), extras
+        self._salt, self._extras = salt, extras
+        self._version: str | bytes | None = None  # that the root and the keys are of
+        self._root, self._keys = b"", list[bytes]()
+        self._lease: Any = None  # see saving.py
         # While it is admitted:
         self._entries: list[int] = []  # of its first pages, pinned
         self._is_indexed = True  # whether the next full page gets an entry
         self._table = np.empty(0, np.int32)
         self._num_pages = 0
-        self._pending: list[bytes] = []  # keys that it has told others of
+        self._pending = (0, 0)  # the pages, from the first up to the second, that it has told others it computes
 
     @property
     def pages(self) -> npt.NDArray[np.int32]:
@@ -95,6 +98,11 @@ class Sequence:
     def __repr__(self) -> str:
         state = f"{self._num_pages} pages, {self.num_cached} tokens cached" if self.is_admitted else "not admitted"
         return f"Sequence({self._num_known} tokens, {self.num_committed} committed, {state})"
+
+    def _set_version(self, version: str | bytes) -> None:
+        """Its keys are of this version from now on."""
+        if self._version is not version:
+            self._version, self._root, self._keys = version, root_key(version, self._salt), []
 
     def _keys_of(self, num_pages: int) -> Iterator[bytes]:
         """The keys of the first pages, each computed when it is asked for, once."""
@@ -130,4 +138,4 @@ class Sequence:
         self._num_pages = end
 
 
-assert TOKEN_BYTES == np.dtype(np.int32).itemsize
+assert np.dtype(np.int32).itemsize == TOKEN_BYTES

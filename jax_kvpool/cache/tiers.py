@@ -55,10 +55,12 @@ class Tiers:
         self.pins = array("i", [0]) * capacity
         self._uses = bytearray(capacity)  # requests that have held it: 0, 1, or more
         self.is_saved = bytearray(capacity)  # a put has begun
+        self.is_fetched = bytearray(capacity)  # came from a store, and nobody has got it yet
         self.device = Recency(capacity, min(ahead, 1))
         self.host = Recency(capacity, min(ahead, 1) if saves else 0)
         self._ahead, self._second, self._saves = ahead, second, saves
         self.free_device = PageAllocator(num_device, reserved=[*reserved])
+        self._num_host = num_host
         self._free_host = collections.deque(range(num_host))
         self.held: set[int] = set()  # host pages that a store reads or writes
         self._freed_while_held: set[int] = set()
@@ -79,47 +81,54 @@ class Tiers:
         page = self.host_page[entry]
         return page >= 0 and self.stored[page] <= self.dispatched
 
-    def pin(self, entries: Iterable[int]) -> None:
+    def pin(self, entries: Sequence[int]) -> None:
+        pins = self.pins
+        idle = [entry for entry in entries if not pins[entry]]
+        self.device.discard(idle)
+        self.host.discard(idle)
         for entry in entries:
-            if not self.pins[entry]:
-                self.device.discard(entry)
-                self.host.discard(entry)
-            self.pins[entry] += 1
+            pins[entry] += 1
 
     def use(self, entries: Iterable[int]) -> None:
         """A request has got them: what a second one gets is worth keeping."""
+        uses = self._uses
         for entry in entries:
-            self._uses[entry] = min(self._uses[entry] + 1, 2)
+            if uses[entry] < 2:
+                uses[entry] += 1
 
     def unpin(self, entries: Sequence[int]) -> None:
         """Of a sequence, first page first: the last one is touched first, and so goes first."""
-        freed = []
+        pins, idle = self.pins, list[int]()
         for entry in reversed(entries):
-            self.pins[entry] -= 1
-            if not self.pins[entry]:
-                if self.loading.get(entry) == 0:  # in no plan yet
-                    del self.loading[entry]
-                    freed.append(self.device_page[entry])
-                    self.device_page[entry] = -1
-                if not self.index.serial[entry]:
-                    self._drop(entry)
-                    continue
-                if self.host_page[entry] >= 0:
-                    self._add_to_host(entry)
-                if self.device_page[entry] >= 0:
-                    self.device.add(entry)
-        if freed:
-            self.free_device.free(freed)
+            pins[entry] -= 1
+            if not pins[entry]:
+                idle.append(entry)
+        if self.loading:
+            self._drop_loads([entry for entry in idle if self.loading.get(entry) == 0])  # those in no plan yet
+        known = [entry for entry in idle if self.index.serial[entry]]
+        if len(known) < len(idle):
+            self._drop([entry for entry in idle if not self.index.serial[entry]])
+        self._add_to_host(known)
+        self.device.add([entry for entry in known if self.device_page[entry] >= 0])
         self._store_cold()
 
-    def insert(self, key: bytes, parent: int | None, tokens: Any, page: int) -> int:
-        """The entry of a page that a sequence has computed, pinned by it."""
-        entry = self.index.insert(key, parent, tokens)
-        self.device_page[entry], self.pins[entry], self._uses[entry], self.is_saved[entry] = page, 1, 1, 0
-        self._tell("stored", "device", entry)
-        if self._ahead >= 1:
-            self._store(entry)
-        return entry
+    def insert(self, keys: list[bytes], parent: int | None, tokens: Any, pages: list[int]) -> list[int]:
+        """The entries of pages in a row that a sequence has computed, pinned by it. Where there is one, it stays as it
+        is, and the sequence's page its own, unless it is on the device only there."""
+        entries, new = self.index.insert(keys, parent, tokens)
+        device_page = self.device_page
+        for entry in new:
+            self._uses[entry] = self.is_saved[entry] = self.is_fetched[entry] = 0
+        self.pin(entries)
+        self.use(entries)
+        for entry, page in zip(entries, pages, strict=False):
+            if device_page[entry] < 0:
+                device_page[entry] = page
+        self.tell("stored", "device", new)
+        if self._ahead >= 1 and self._num_host:
+            for entry in new:
+                self._store(entry)
+        return entries
 
     def num_available(self) -> int:
         """Device pages that are free or can be made so."""
@@ -129,7 +138,7 @@ class Tiers:
         """Device pages for sequences, of at least so many available ones."""
         missing = num - self.free_device.num_free
         if missing > 0:
-            self.free_device.free([self._evict_from_device() for _ in range(missing)])
+            self._evict_from_device(missing)
         pages: list[int] = self.free_device.allocate(num).tolist()
         return pages
 
@@ -183,19 +192,11 @@ class Tiers:
         ]
         for _, page in stores:
             self.stored[page] = self.touched[page] = self.open
-        again, freed = {}, []
-        for entry in closed.loads:
-            if self.loading.get(entry) != closed.step:
-                continue
-            del self.loading[entry]
-            if self.pins[entry]:
-                again[entry] = 0
-            else:
-                self.device.discard(entry)
-                freed.append(self.device_page[entry])
-                self.device_page[entry] = -1
-        self.loading = again | self.loading
-        self.free_device.free(freed)
+        loads = [entry for entry in closed.loads if self.loading.get(entry) == closed.step]
+        self._drop_loads([entry for entry in loads if not self.pins[entry]])
+        self.loading = dict.fromkeys([entry for entry in loads if self.pins[entry]], 0) | {
+            entry: step for entry, step in self.loading.items() if step != closed.step
+        }
 
     def fail(self, step: int) -> None:
         """Nothing that this step or a later one wrote is there, nor anything on the device. (They are all done.)"""
@@ -204,26 +205,20 @@ class Tiers:
         has_copy = (np.array(self.device_page) >= 0) | (np.array(self.host_page) >= 0)
         for entry in np.flatnonzero(has_copy).tolist():
             self.pins[entry] = 0
-            self.device.discard(entry)
+            self.device.discard([entry])
             self.device_page[entry] = -1
             page = self.host_page[entry]
-            if not self.index.serial[entry]:
-                self._drop(entry)
-            elif page < 0 or self.stored[page] >= step:
-                if page >= 0:
-                    self._free_host_page(entry)
-                self._forget(entry, "device")
+            if not self.index.serial[entry] or page < 0 or self.stored[page] >= step:
+                self._drop([entry])
             elif entry not in self.host:
-                self._add_to_host(entry)
+                self._add_to_host([entry])
         self.landed = self.dispatched
 
     def reset(self) -> None:
         """Nothing that is known now is ever found again; what sequences hold stays until they release it."""
-        for entry in self.index.entries():
-            if self.pins[entry]:
-                self.index.hide(entry)
-            else:
-                self._drop(entry)
+        entries = self.index.entries()
+        self.index.hide([entry for entry in entries if self.pins[entry]])
+        self._drop([entry for entry in entries if not self.pins[entry]])
 
     # ---- the host pool ----
 
@@ -250,17 +245,36 @@ class Tiers:
             self._freed_while_held.discard(page)
             self._free_host.append(page)
 
-    def insert_fetched(self, key: bytes, parent: int | None, tokens: Any, page: int) -> int:
-        """The entry of a page that a store has written into this host page; pinned."""
-        entry = self.index.insert(key, parent, tokens)
-        self.host_page[entry], self.pins[entry], self._uses[entry], self.is_saved[entry] = page, 1, 0, 1
-        self.stored[page] = 0
-        return entry
+    def hold_for_put(self, entries: list[int]) -> None:
+        """A store reads the host pages of these entries: they do not go meanwhile."""
+        self.host.discard(entries)
+        for entry in entries:
+            self.held.add(self.host_page[entry])
+            self.is_saved[entry] = 1
 
-    def back_to_host(self, entry: int) -> None:
-        """A put of the entry's page is over."""
-        if self.index.serial[entry] and not self.pins[entry] and self.host_page[entry] >= 0:
-            self.host.add(entry)
+    def back_to_host(self, entries: list[int]) -> None:
+        """They may go again, as the first ones."""
+        self.host.add_oldest(
+            [e for e in entries if self.index.serial[e] and not self.pins[e] and self.host_page[e] >= 0]
+        )
+
+    def insert_fetched(self, keys: list[bytes], parent: int | None, tokens: Any, pages: list[int]) -> list[int]:
+        """The entries of pages in a row that a store has written into these host pages, pinned. A page that the host
+        pool has by now is given back."""
+        entries, new = self.index.insert(keys, parent, tokens)
+        for entry in new:
+            self._uses[entry] = 0
+        for entry, page in zip(entries, pages, strict=False):
+            if self.host_page[entry] < 0:
+                self.host_page[entry], self.is_saved[entry], self.stored[page] = page, 1, 0
+                self.is_fetched[entry] = 1
+            else:
+                self.give_host_page(page)
+        for page in pages[len(entries) :]:
+            self.give_host_page(page)
+        self.pin(entries)
+        self.tell("stored", "host", new)
+        return entries
 
     @property
     def num_free_host(self) -> int:
@@ -268,24 +282,29 @@ class Tiers:
 
     # ---- who goes ----
 
-    def _evict_from_device(self) -> int:
-        """The device page of the least recently used entry, which goes to the host pool if it is not there yet."""
-        entry = self.device.oldest()
-        self.device.discard(entry)
-        self.loading.pop(entry, None)
-        if self.host_page[entry] < 0:
-            self._store(entry)
-        page, self.device_page[entry] = self.device_page[entry], -1
-        self.metrics.evicted["device"] += 1
-        self.metrics.unused["device"] += self._uses[entry] < 2
-        if self.host_page[entry] < 0:
-            self.metrics.unsaved["device"] += 1
-            self._forget(entry, "device")
-        else:
-            self._tell("removed", "device", entry)
-            self._add_to_host(entry)  # as its most recent one
-            self._note_cold_in_host()
-        return page
+    def _evict_from_device(self, num: int) -> None:
+        """Frees the pages of the least recently used entries, which go to the host pool if they are not there yet."""
+        entries = self.device.take_oldest(num)
+        device_page, host_page = self.device_page, self.host_page
+        pages = [device_page[entry] for entry in entries]
+        if self._num_host:
+            for entry in entries:
+                if host_page[entry] < 0:
+                    self._store(entry)
+                self._add_to_host([entry])  # as its most recent one
+        for entry in entries:
+            device_page[entry] = -1
+        lost = [entry for entry in entries if host_page[entry] < 0]
+        self.tell("removed", "device", entries)
+        if self.loading:
+            for entry in entries:
+                self.loading.pop(entry, None)
+        self.free_device.free(pages)
+        self.index.remove(lost)
+        self.metrics.evicted["device"] += num
+        self.metrics.unused["device"] += sum(self._uses[entry] < 2 for entry in entries)
+        self.metrics.unsaved["device"] += len(lost)
+        self._note_cold_in_host()
 
     def _store(self, entry: int) -> None:
         """Plans a store of an entry's device page, if there is room for it."""
@@ -302,60 +321,66 @@ class Tiers:
         self.host_page[entry] = page
         self.stored[page] = self.touched[page] = self.open
         self.plan.stores.append((self.device_page[entry], page))
-        self._tell("stored", "host", entry)
+        self.tell("stored", "host", [entry])
 
     def _store_cold(self) -> None:
         """Keeps the coldest part of the device tier stored, so that it can go at once when room is needed."""
+        if not self._num_host:
+            return
         for entry in self.device.cool():
             if self.host_page[entry] < 0:
                 self._store(entry)
-                if self.host_page[entry] >= 0:
-                    self._add_to_host(entry)
+                self._add_to_host([entry])
         self._note_cold_in_host()
 
     def _note_cold_in_host(self) -> None:
         self.to_save.extend(self.host.cool())
 
-    def _add_to_host(self, entry: int) -> None:
-        if self.host_page[entry] not in self.held:
-            self.host.add(entry)
+    def _add_to_host(self, entries: Iterable[int]) -> None:
+        """Those that have a page there and may go, as its most recent ones."""
+        if self._num_host:
+            pages = self.host_page
+            self.host.add([entry for entry in entries if pages[entry] >= 0 and pages[entry] not in self.held])
 
     def _evict_from_host(self, entry: int) -> int:
-        self.host.discard(entry)
+        self.host.discard([entry])
         page, self.host_page[entry] = self.host_page[entry], -1
         self.metrics.evicted["host"] += 1
         self.metrics.unused["host"] += self._uses[entry] < 2
         self.metrics.unsaved["host"] += self._saves and not self.is_saved[entry]
+        self.tell("removed", "host", [entry])
         if self.device_page[entry] < 0:
-            self._forget(entry, "host")
-        else:
-            self._tell("removed", "host", entry)
+            self.index.remove([entry])
         return page
 
-    def _tell(self, what: Literal["stored", "removed"], tier: str, entry: int) -> None:
+    def tell(self, what: Literal["stored", "removed"], tier: str, entries: list[int]) -> None:
         if self.metrics.on_event is not None:
-            self.metrics.on_event(what, tier, self.index.key(entry))
+            for entry in entries:
+                self.metrics.on_event(what, tier, self.index.key(entry))
 
-    def _forget(self, entry: int, tier: str) -> None:
-        """Of which no copy is left."""
-        if self.index.serial[entry]:
-            self._tell("removed", tier, entry)
-        self.index.remove(entry)
+    def _drop_loads(self, entries: list[int]) -> None:
+        """Nothing comes into the device pages of these entries any more, and nobody waits for it."""
+        for entry in entries:
+            del self.loading[entry]
+        self._free_device_pages(entries)
 
-    def _drop(self, entry: int) -> None:
-        """Frees all copies of an entry that nobody holds."""
-        self.device.discard(entry)
-        self.host.discard(entry)
-        self.loading.pop(entry, None)
-        if self.device_page[entry] >= 0:
-            self.free_device.free([self.device_page[entry]])
+    def _drop(self, entries: list[int]) -> None:
+        """Frees all copies of entries that nobody holds."""
+        for entry in entries:
+            self.loading.pop(entry, None)
+            if self.host_page[entry] >= 0:
+                self._free_host_page(entry)
+        self._free_device_pages([entry for entry in entries if self.device_page[entry] >= 0])
+        self.index.remove(entries)
+
+    def _free_device_pages(self, entries: list[int]) -> None:
+        self.device.discard(entries)
+        self.free_device.free([self.device_page[entry] for entry in entries])
+        for entry in entries:
             self.device_page[entry] = -1
-        if self.host_page[entry] >= 0:
-            self._free_host_page(entry)
-        self.index.remove(entry)
 
     def _free_host_page(self, entry: int) -> None:
-        self.host.discard(entry)
+        self.host.discard([entry])
         page, self.host_page[entry] = self.host_page[entry], -1
         if self.stored[page] == self.open:  # by a plan that is not closed
             self.plan.stores = [store for store in self.plan.stores if store[1] != page]
