@@ -5,6 +5,7 @@ import concurrent.futures
 import itertools
 import types
 
+import jax
 import numpy as np
 
 from jax_kvpool import DevicePool, HostPool, PageSpec
@@ -39,6 +40,29 @@ def stored_pages(tokens):
     keys = page_keys(np.array(tokens, np.int32), PAGE)
     for page, key in enumerate(keys):
         yield key, [tuple(prefix[: at + 2]) for at in range(page * PAGE, (page + 1) * PAGE)]
+
+
+class ShortKeys(dict):
+    """Of an index that knows no more of a key than which of a few it is: pages collide all day."""
+
+    def get(self, key, default):
+        return super().get(b"", default)
+
+    def __setitem__(self, key, entry):
+        super().__setitem__(b"", entry)
+
+    def __delitem__(self, key):
+        super().__delitem__(b"")
+
+
+class FewKeys(list):
+    """Of so many dictionaries, by a key's first byte."""
+
+    def __init__(self, num):
+        super().__init__(ShortKeys() for _ in range(num))
+
+    def __getitem__(self, byte):
+        return super().__getitem__(byte % len(self))
 
 
 class VirtualStore:
@@ -99,11 +123,13 @@ class Running:
 
 
 class Engine:
-    def __init__(self, num_device=6, num_host=8, stores=(), **options):
+    def __init__(self, num_device=6, num_host=8, stores=(), num_keys=None, **options):
         self.device, self.host = [[None] * PAGE for _ in range(num_device)], [[None] * PAGE for _ in range(num_host)]
         host = HostPool.create(SPEC, num_host)
         host.memories *= max(len(stores), 1)  # as if it had so many shards
         self.cache = KVCache(DevicePool.create(SPEC, num_device), host, stores=stores, **options)
+        if num_keys is not None:
+            self.cache._tiers.index._by_key = FewKeys(num_keys)
         self.stores, self.version = stores, b""
         for store in stores:
             store.engine = self
@@ -111,6 +137,7 @@ class Engine:
             self.cache._saving._host = types.SimpleNamespace(unchecked_record=lambda page, shard: page)
         self.waiting = []  # sequences that have asked the stores, and their tokens and salts
         self.running = []
+        self.copies_of_moves = {}
         self.in_flight = []  # (moves, output, host pages that it wrote)
         self.num_loaded = 0
 
@@ -163,6 +190,7 @@ class Engine:
         output = Output()
         self.cache.dispatched(moves, output)
         self.in_flight.append((moves, output))
+        self.copies_of_moves[moves.step] = [array.copy() for array in jax.tree.leaves(moves)]
         for running, begin, end in computed:
             self.cache.commit(running.seq, running.tokens[begin:end])
 
@@ -192,8 +220,10 @@ class Engine:
                 self.num_loaded += 1
 
     def land(self, num=1):
-        for _, output in self.in_flight[:num]:
+        for moves, output in self.in_flight[:num]:
             output.ready = True
+            for array, copy in zip(jax.tree.leaves(moves), self.copies_of_moves.pop(moves.step), strict=True):
+                np.testing.assert_array_equal(array, copy)  # a step may read them until it is done
         del self.in_flight[:num]
         self.cache.poll()
 
@@ -278,7 +308,7 @@ class Engine:
                     self.check_page(self.device[device], tokens)
         assert tiers.free_device.num_free + len(owners) == len(self.device) - len(tiers.free_device.reserved)
         assert len(tiers._free_host) + len(hosts) + len(tiers._freed_while_held) + len(gets) == len(self.host)
-        assert len(set(tiers._free_host)) == len(tiers._free_host)
+        assert len(set(tiers._free_host)) == len(tiers._free_host) and not tiers.held & set(tiers._free_host)
 
     def check_page(self, page, tokens):
         assert all(isinstance(token, tuple) for token in page), page

@@ -1,9 +1,16 @@
 """`KVCache`: what is matched is what was computed, whatever comes between."""
 
+import array
 import random
 
+import numpy as np
 import pytest
 from cache_engine import Engine, VirtualStore, stored_pages
+
+from jax_kvpool.cache import KVCache, Sequence, saving
+from jax_kvpool.cache.index import Index
+from jax_kvpool.cache.saving import Saving
+from jax_kvpool.cache.tiers import Tiers
 
 ACTIONS = {
     "start": 6,
@@ -36,6 +43,7 @@ class RandomRun:
             "max_loads": rng.choice([1, 2, 512]),
             "min_pages": rng.choice([1, 1, 2]),
             "reserved": rng.choice([(), (), (2,)]),
+            "num_keys": rng.choice([None, 8, 256]),
         }
         self.sizes = rng.randint(4, 9), rng.choice([rng.randint(1, 9), rng.randint(8, 40)])
         self.prompts = [[rng.randrange(3) for _ in range(40)] for _ in range(2)]
@@ -57,7 +65,9 @@ class RandomRun:
 
     def tokens(self):
         rng = self.rng
-        return rng.choice(self.prompts)[: rng.randint(1, 24)] + [rng.randrange(3) for _ in range(rng.choice([0, 0, 1, 3]))]
+        return rng.choice(self.prompts)[: rng.randint(1, 24)] + [
+            rng.randrange(3) for _ in range(rng.choice([0, 0, 1, 3]))
+        ]
 
     def salt(self):
         return self.rng.choice([b"", b"", b"x"])
@@ -119,3 +129,197 @@ def test_random_runs(seeds):
         for tier, num in RandomRun(seed).run().items():
             hits[tier] += num
     assert all(hits.values()), hits
+
+
+# ---- faults that the random runs must find ----
+
+
+def no_host_page_kept_at_cancel(patch):
+    cancel = Tiers.cancel
+
+    def broken(self):
+        pages = [page for _, page in self.closed.stores]
+        self.closed.stores = []
+        cancel(self)
+        for page in pages:
+            self.give_host_page(page)
+
+    patch.setattr(Tiers, "cancel", broken)
+
+
+def a_load_reads_what_the_same_step_stores(patch):
+    patch.setattr(Tiers, "is_readable", lambda self, entry: True)
+
+
+def ready_where_landed_is_asked(patch):
+    patch.setattr(Tiers, "landed", property(lambda self: self.dispatched, lambda self, step: None), raising=False)
+
+
+def a_get_into_a_page_that_a_step_reads(patch):
+    def take(self):
+        if self._free_host:
+            return self._free_host.pop()
+        return self._evict_from_host(self.host.oldest()) if len(self.host) else -1
+
+    patch.setattr(Tiers, "take_idle_host_page", take)
+
+
+def tokens_are_not_compared(patch):
+    patch.setattr(np, "array_equal", lambda a, b: True)
+    match = Index.match
+    patch.setattr(Index, "match", lambda self, root, keys, tokens: match(self, root, keys, Equal()))
+
+
+class Equal:
+    """Tokens that are equal to all others."""
+
+    __array_priority__ = 1000
+    __array_ufunc__ = None
+
+    def __getitem__(self, _):
+        return self
+
+    def __eq__(self, other):
+        return np.array(True)
+
+    __hash__ = None
+
+    def __req__(self, other):
+        return np.array(True)
+
+
+def parents_are_not_compared(patch):
+    class Any(int):
+        def __eq__(self, _):
+            return True
+
+        def __ne__(self, _):
+            return False
+
+        __hash__ = int.__hash__
+
+    class Parents(array.array):
+        def __getitem__(self, i):
+            return Any(super().__getitem__(i))
+
+    init = Index.__init__
+
+    def broken(self, *args):
+        init(self, *args)
+        self._parent_serial = Parents("q", self._parent_serial)
+
+    patch.setattr(Index, "__init__", broken)
+
+
+def arrays_of_plans_are_used_again(patch):
+    buffers = {}
+
+    def ids(self, pairs, size):
+        made = original(self, pairs, size)
+        kept = buffers.setdefault(size, made)
+        for old, new in zip(kept, made, strict=True):
+            old[:] = new
+        return kept
+
+    original = KVCache._ids
+    patch.setattr(KVCache, "_ids", ids)
+
+
+def failed_keeps_what_the_step_stored(patch):
+    fail = Tiers.fail
+    patch.setattr(Tiers, "fail", lambda self, step: fail(self, step + 1000))
+
+
+def a_stale_entry_is_put(patch):
+    """Its number has another page by now."""
+
+    class Serials:
+        def __init__(self, serials):
+            self.serials = serials
+
+        def __getitem__(self, entry):
+            return 1 if self.serials[entry] else 0
+
+    begin = Saving._begin_puts
+
+    def broken(self):
+        index = self._tiers.index
+        serials, index.serial = index.serial, Serials(index.serial)
+        try:
+            begin(self)
+        finally:
+            index.serial = serials
+
+    patch.setattr(Saving, "_begin_puts", broken)
+
+
+def a_hit_in_one_shard_is_enough(patch):
+    def hits(self, metrics):
+        results = [future.result() for future in self._futures if future.exception() is None]
+        return [any(of_key[i].is_hit for of_key in results) for i in range(len(self.keys))]
+
+    patch.setattr(saving._Call, "hits", hits)
+
+
+def the_entry_of_a_twin_is_not_pinned(patch):
+    insert = Tiers.insert
+
+    def broken(self, keys, parent, tokens, pages):
+        entries = insert(self, keys, parent, tokens, pages)
+        for entry, page in zip(entries, pages, strict=False):
+            if self.device_page[entry] != page:
+                self.pins[entry] -= 1
+        return entries
+
+    patch.setattr(Tiers, "insert", broken)
+
+
+def a_copy_into_a_page_that_is_stored(patch):
+    patch.setattr(Tiers, "stored_pages", lambda self: set())
+
+
+def a_page_is_freed_while_a_store_writes_it(patch):
+    def give(self, page):
+        self._free_host.append(page)
+
+    patch.setattr(Tiers, "give_host_page", give)
+
+
+def pages_behind_a_missing_one(patch):
+    hits = saving._Call.hits
+    patch.setattr(saving._Call, "hits", lambda self, metrics: [True] * len(hits(self, metrics)))
+
+
+def a_version_that_stays(patch):
+    patch.setattr(Sequence, "_set_version", lambda self, version: set_version(self, b""))
+    set_version = Sequence._set_version
+
+
+MUTANTS = [
+    tokens_are_not_compared,
+    a_version_that_stays,
+    no_host_page_kept_at_cancel,
+    a_load_reads_what_the_same_step_stores,
+    ready_where_landed_is_asked,
+    a_get_into_a_page_that_a_step_reads,
+    parents_are_not_compared,
+    arrays_of_plans_are_used_again,
+    failed_keeps_what_the_step_stored,
+    a_stale_entry_is_put,
+    a_hit_in_one_shard_is_enough,
+    the_entry_of_a_twin_is_not_pinned,
+    a_copy_into_a_page_that_is_stored,
+    a_page_is_freed_while_a_store_writes_it,
+    pages_behind_a_missing_one,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_random_runs_find_what_is_wrong(mutant, monkeypatch):
+    mutant(monkeypatch)
+    for seed in range(600):
+        try:
+            RandomRun(seed).run()
+        except Exception:
+            return
+    pytest.fail("600 runs have not found it")

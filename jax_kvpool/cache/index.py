@@ -36,12 +36,12 @@ class Index:
         self._next_serial = 1
         self.num_pages = 0
 
-    def match(self, keys: Iterable[bytes], tokens: npt.NDArray[np.int32]) -> list[int]:
-        """The entries of the longest known prefix. `tokens`: `(pages, page_size)`; they are compared, too: a key that
+    def match(self, root: bytes, keys: Iterable[bytes], tokens: npt.NDArray[np.int32]) -> list[int]:
+        """The entries of the longest known prefix behind a root key. `tokens`: `(pages, page_size)`; they are compared, too: a key that
         two pages share ends the match. No more keys are asked for than it takes."""
         by_key, serials, parents = self._by_key, self.serial, self._parent_serial
         found: list[int] = []
-        parent = 0
+        parent = _serial_of_root(root)
         for key in keys:
             entry = by_key[key[0]].get(key, -1)
             if entry < 0 or parents[entry] != parent:
@@ -55,15 +55,15 @@ class Index:
         return found
 
     def insert(
-        self, keys: list[bytes], parent: int | None, tokens: npt.NDArray[np.int32]
+        self, keys: list[bytes], parent: int | bytes, tokens: npt.NDArray[np.int32]
     ) -> tuple[list[int], list[int]]:
-        """Entries of pages in a row, the first one behind the entry `parent`; None: at the beginning.
+        """Entries of pages in a row, the first one behind the entry `parent`, or behind that root key.
 
         Returns the entries, and which of them are new. Fewer than keys: another page has the next key.
         """
         entries, new, rows = list[int](), list[int](), list[int]()
         by_key, serials, parents, unused = self._by_key, self.serial, self._parent_serial, self._unused
-        before = 0 if parent is None else serials[parent]
+        before = _serial_of_root(parent) if isinstance(parent, bytes) else serials[parent]
         for row, key in enumerate(keys):
             of_byte = by_key[key[0]]
             entry = of_byte.get(key, -1)
@@ -103,6 +103,11 @@ class Index:
     def entries(self) -> list[int]:
         """All that keys find."""
         return [entry for of_byte in self._by_key for entry in of_byte.values()]
+
+
+def _serial_of_root(root: bytes) -> int:
+    """In place of a parent's: of salts and versions, another one for each."""
+    return -1 - int.from_bytes(root[:7], "little")
 
 
 class Recency:

@@ -158,7 +158,7 @@ class KVCache:
         if len(entries) < limit:
             self._tiers.pin(entries)
             keys, tokens = seq._all_keys(limit)[len(entries) : limit], seq._by_page(limit)[len(entries) :].copy()
-            seq._lease = Lease(keys, tokens, entries, time.monotonic() + seconds)
+            seq._lease = Lease(seq._root, keys, tokens, entries, time.monotonic() + seconds)
             self._saving.request(seq._lease)
 
     def is_fetching(self, seq: Sequence) -> bool:
@@ -400,7 +400,7 @@ class KVCache:
     def _match(self, seq: Sequence) -> list[int]:
         seq._set_version(self._version)
         limit = self._matchable(seq)
-        entries = self._tiers.index.match(seq._keys_of(limit), seq._by_page(limit))
+        entries = self._tiers.index.match(seq._root, seq._keys_of(limit), seq._by_page(limit))
         tiers = self._tiers
         is_here = [tiers.device_page[entry] >= 0 for entry in entries]
         for i, entry in enumerate(entries):
@@ -427,7 +427,7 @@ class KVCache:
         begin, end = len(seq._entries), seq.num_committed // self._page_size
         if begin >= end or not seq._is_indexed:
             return
-        parent = seq._entries[-1] if seq._entries else None
+        parent = seq._entries[-1] if seq._entries else seq._root
         keys, tokens, pages = seq._all_keys(end)[begin:end], seq._by_page(end)[begin:], seq._table[begin:end].tolist()
         seq._entries += self._tiers.insert(keys, parent, tokens, pages)
         seq._is_indexed = len(seq._entries) == end  # else another page has the next key

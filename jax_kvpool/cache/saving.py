@@ -29,6 +29,7 @@ _MAX_GETS: Final = 2  # calls at once, so that a store's threads are never all i
 class Lease:
     """Of a sequence that waits for pages from the store: it pins what it found, until admission, deadline or release."""
 
+    root: bytes
     keys: list[bytes]  # of the pages behind the first entries
     tokens: npt.NDArray[np.int32]
     entries: list[int]  # of the sequence's first pages, pinned
@@ -215,7 +216,7 @@ class Saving:
         used = 0
         if num and lease.keys and parent_is_there:
             used = num
-            parent = lease.entries[-1] if lease.entries else None
+            parent = lease.entries[-1] if lease.entries else lease.root
             entries = tiers.insert_fetched(lease.keys[:num], parent, lease.tokens[:num], call.pages[:num])
             self._metrics.fetched += len(entries)
             if lease.is_over:

@@ -112,7 +112,7 @@ class Tiers:
         self.device.add([entry for entry in known if self.device_page[entry] >= 0])
         self._store_cold()
 
-    def insert(self, keys: list[bytes], parent: int | None, tokens: Any, pages: list[int]) -> list[int]:
+    def insert(self, keys: list[bytes], parent: int | bytes, tokens: Any, pages: list[int]) -> list[int]:
         """The entries of pages in a row that a sequence has computed, pinned by it. Where there is one, it stays as it
         is, and the sequence's page its own, unless it is on the device only there."""
         entries, new = self.index.insert(keys, parent, tokens)
@@ -258,7 +258,7 @@ class Tiers:
             [e for e in entries if self.index.serial[e] and not self.pins[e] and self.host_page[e] >= 0]
         )
 
-    def insert_fetched(self, keys: list[bytes], parent: int | None, tokens: Any, pages: list[int]) -> list[int]:
+    def insert_fetched(self, keys: list[bytes], parent: int | bytes, tokens: Any, pages: list[int]) -> list[int]:
         """The entries of pages in a row that a store has written into these host pages, pinned. A page that the host
         pool has by now is given back."""
         entries, new = self.index.insert(keys, parent, tokens)
