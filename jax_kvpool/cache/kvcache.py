@@ -178,7 +178,7 @@ class KVCache:
             raise ValueError(f"seq: expected one that is not admitted, got {seq}; grow it, or release it before")
         num_tokens = self._checked_tokens(seq, num_tokens)
         tiers = self._tiers
-        entries = self._match(seq)[: (num_tokens - 1) // self._page_size]
+        entries = self._match(seq)[: num_tokens // self._page_size]
         tiers.pin(entries)
         to_load = [entry for entry in entries if tiers.device_page[entry] < 0]
         num_own = self._num_pages(num_tokens) - len(entries)
