@@ -129,7 +129,8 @@ def test_memory_alive_at_exit_is_left_to_the_system():
 
 
 def test_a_source_tree_that_was_not_built_says_so(tmp_path):
-    """Of a shell in the repository's root: the directory that Python starts in comes first. (-S: no editable install.)"""
+    """Of a shell in the repository's root: the directory that Python starts in comes first. (-S: no editable
+    install.)"""
     shutil.copytree(Path(jax_kvpool.__file__).parent, tmp_path / "jax_kvpool", ignore=shutil.ignore_patterns("*.so"))
     command = [sys.executable, "-S", "-c", "import jax_kvpool"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)

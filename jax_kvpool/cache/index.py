@@ -37,8 +37,8 @@ class Index:
         self.num_pages = 0
 
     def match(self, root: bytes, keys: Iterable[bytes], tokens: npt.NDArray[np.int32]) -> list[int]:
-        """The entries of the longest known prefix behind a root key. `tokens`: `(pages, page_size)`; they are compared, too: a key that
-        two pages share ends the match. No more keys are asked for than it takes."""
+        """The entries of the longest known prefix behind a root key. `tokens`: `(pages, page_size)`; they are compared,
+        too: a key that two pages share ends the match. No more keys are asked for than it takes."""
         by_key, serials, parents = self._by_key, self.serial, self._parent_serial
         found: list[int] = []
         parent = _serial_of_root(root)

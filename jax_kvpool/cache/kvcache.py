@@ -33,10 +33,10 @@ occurs: copies, stores and loads of a step share theirs."""
 class KVCache:
     """Which page lives where, for the engine of one device pool: in it, in the host pool, or in neither.
 
-    The engine computes; the cache says where. For each sequence: `open`, `admit`, then steps, `commit` of what they have
-    written, `release`. For each step: `step()` closes a plan, the engine's jitted function executes it and computes,
-    `dispatched(moves, output)` tells that it was called. Plans of one device pool happen in their order, so a page may be
-    matched, loaded or overwritten as soon as the step that writes it is dispatched.
+    The engine computes; the cache says where. For each sequence: `open`, `admit`, then steps, `commit` of what they
+    have written, `release`. For each step: `step()` closes a plan, the engine's jitted function executes it and
+    computes, `dispatched(moves, output)` tells that it was called. Plans of one device pool happen in their order, so a
+    page may be matched, loaded or overwritten as soon as the step that writes it is dispatched.
 
         moves = cache.step()
         logits, device = step(params, device, host, batch, moves)
@@ -47,8 +47,8 @@ class KVCache:
     Args:
       device, host: the pools, or their specs and numbers of pages in other words; only these are read. The pages of
         `host` belong to the cache. `host` None: no second tier.
-      stores: page stores, one for each shard of `host` that is this process's; by default none. A page is there if it is
-        in all of them. They are the caller's to close, after the cache.
+      stores: page stores, one for each shard of `host` that is this process's; by default none. A page is there if it
+        is in all of them. They are the caller's to close, after the cache.
       reserved: device pages that are never handed out.
       ahead: the share of the device tier, its coldest pages, that is kept stored in the host pool; 0: a page is stored
         when it has to go, 1: when it is committed.
@@ -252,9 +252,9 @@ class KVCache:
         self._index_pages(seq)
 
     def fork(self, seq: Sequence) -> Sequence | None:
-        """Another sequence of the tokens that are committed, with their KV; what comes behind them may differ. It shares
-        the pages that others can match, and gets copies of the rest, of which the next plan's `copies` tells. None if
-        there are not enough pages."""
+        """Another sequence of the tokens that are committed, with their KV; what comes behind them may differ. It
+        shares the pages that others can match, and gets copies of the rest, of which the next plan's `copies` tells.
+        None if there are not enough pages."""
         self._check_admitted(seq)
         tiers = self._tiers
         num_shared, num_pages = len(seq._entries), self._num_pages(max(seq.num_committed, 1))
@@ -275,8 +275,9 @@ class KVCache:
         return child
 
     def release(self, seq: Sequence) -> None:
-        """Gives its pages back, or ends its prefetch: at its end, when it is aborted, or to make room; then it may be admitted again. What it
-        has committed can be matched from now on as before. Steps that were dispatched may still write the others."""
+        """Gives its pages back, or ends its prefetch: at its end, when it is aborted, or to make room; then it may be
+        admitted again. What it has committed can be matched from now on as before. Steps that were dispatched may still
+        write the others."""
         if isinstance(seq, Sequence) and not seq.is_admitted and seq._lease is not None:
             self._end_lease(seq)
             return
@@ -291,7 +292,8 @@ class KVCache:
     # ---- steps ----
 
     def step(self) -> Moves:
-        """Closes the plan of one step: what it moves before it computes. To be told `dispatched` or `cancelled` next."""
+        """Closes the plan of one step: what it moves before it computes. To be told `dispatched` or `cancelled`
+        next."""
         if self._moves is not None:
             raise RuntimeError(f"step: expected step {self._moves.step} to be dispatched or cancelled before")
         plan = self._tiers.close(self._max_loads)
@@ -325,8 +327,8 @@ class KVCache:
         plan.copies = [copy for copy in plan.copies if copy[1] in copy[2].pages[len(copy[2]._entries) :]]
 
     def poll(self) -> None:
-        """Looks which steps are done, and what the stores have done, and gives them more. Never blocks; to be called now
-        and then, also when no step runs."""
+        """Looks which steps are done, and what the stores have done, and gives them more. Never blocks; to be called
+        now and then, also when no step runs."""
         while self._in_flight and self._in_flight[0][1] is not None:
             moves, output = self._in_flight[0]
             if not all(leaf.is_ready() for leaf in jax.tree.leaves(output)):
@@ -344,9 +346,9 @@ class KVCache:
         self._tiers.landed = moves.step
 
     def failed(self, moves: Moves) -> None:
-        """The step failed when it ran. Waits for all steps that were dispatched. Nothing that it or a later one wrote is
-        ever matched, nor anything in the device pool; all sequences that are admitted have lost their pages and are to
-        be admitted again."""
+        """The step failed when it ran. Waits for all steps that were dispatched. Nothing that it or a later one wrote
+        is ever matched, nor anything in the device pool; all sequences that are admitted have lost their pages and are
+        to be admitted again."""
         self._check_in_flight(moves)
         for _, output in self._in_flight:
             for leaf in jax.tree.leaves(output):
@@ -376,8 +378,8 @@ class KVCache:
             seq._is_indexed = False
 
     def close(self, flush: float = 0) -> None:
-        """Ends what is under way. With `flush`, puts what the host pool has and the stores have not, as far as it gets in
-        so many seconds. Whoever closes the stores behind that waits for what is left. Idempotent."""
+        """Ends what is under way. With `flush`, puts what the host pool has and the stores have not, as far as it gets
+        in so many seconds. Whoever closes the stores behind that waits for what is left. Idempotent."""
         if self._saving is None:
             return
         saving, deadline = self._saving, time.monotonic() + flush

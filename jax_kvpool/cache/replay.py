@@ -1,7 +1,7 @@
 """A trace of requests through the planner alone: what a cache of this or that size would hit. No device is used.
 
-A trace has a JSON object a line: `timestamp`, `input_length`, `output_length`, and `hash_ids`, a number for each block of
-512 tokens of the prompt; equal numbers are equal tokens, and equal ones before them (Mooncake's traces, FAST '25).
+A trace has a JSON object a line: `timestamp`, `input_length`, `output_length`, and `hash_ids`, a number for each block
+of 512 tokens of the prompt; equal numbers are equal tokens, and equal ones before them (Mooncake's traces, FAST '25).
 """
 
 from __future__ import annotations

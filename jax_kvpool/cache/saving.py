@@ -1,7 +1,7 @@
 """What goes between the host pool and the page stores: puts of pages that may soon have to go, gets for who asks.
 
-A store works on its own threads; the engine's thread meets it in `poll`, and never waits. A host page that a store reads
-or writes is `held` until its future is done, whatever became of the request: nobody else gets it.
+A store works on its own threads; the engine's thread meets it in `poll`, and never waits. A host page that a store
+reads or writes is `held` until its future is done, whatever became of the request: nobody else gets it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _MAX_GETS: Final = 2  # calls at once, so that a store's threads are never all i
 
 @dataclasses.dataclass(eq=False)
 class Lease:
-    """Of a sequence that waits for pages from the store: it pins what it found, until admission, deadline or release."""
+    """Of a sequence that waits for pages from the store: it pins what it found, until admission, deadline or
+    release."""
 
     root: bytes
     keys: list[bytes]  # of the pages behind the first entries

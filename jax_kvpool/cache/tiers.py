@@ -1,7 +1,7 @@
 """Which entry has a copy where, who goes when room is needed, and the moves of the step that is being planned.
 
-A page of either pool is free, or of one sequence, or the copy of one entry. Entries that no sequence holds (pins) are in
-the `Recency` of each tier where they have a copy, and may go from there. Steps of one device pool run in order, so a
+A page of either pool is free, or of one sequence, or the copy of one entry. Entries that no sequence holds (pins) are
+in the `Recency` of each tier where they have a copy, and may go from there. Steps of one device pool run in order, so a
 page may be used again by a later step at once; only who is not in that order, the CPU, waits until a step is done.
 """
 
