@@ -15,79 +15,58 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
+import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from model import MODELS, init_params
-from server import Pages, Request, Server
+from server import Request, Server
 
 from jax_kvpool import HostPool
+from jax_kvpool.cache import KVCache
 from jax_kvpool.stores import FileStore, Namespace, PageStore
 
 NUM_OUTPUT = 8
 ROUNDS = 5
 
 
-class SharingServer(Server):
-    """A server whose host pool fills from a page store, and whose new pages go there."""
-
-    def __init__(self, *args: Any, open_store: Callable[[HostPool], PageStore]) -> None:
-        super().__init__(*args)
-        self.store = open_store(self.host)
-        for memory in self.host.memories:
-            self.store.register(memory)
-
-    def fetch(self, request: Request) -> int:
-        """Gets the longest prefix that the store has into the host pool; returns how many pages came."""
-        missing = [key for key in request.prefixes if key not in self.cache.pages]
-        hits = [result.is_hit for result in self.store.contains(missing)]
-        pages = list(self.cache.insert(missing[: (*hits, False).index(False)]).values())
-        records = [self.host.record(page, writable=True) for page in pages]
-        results = self.store.get(missing[: len(pages)], records)
-        # A page is good for nothing without those before it.
-        num_found = (*(result.is_hit for result in results), False).index(False)
-        self.cache.drop(missing[num_found : len(pages)])
-        self.cache.unpin()
-        return num_found
-
-    def on_stored(self, device_pages: Pages, host_pages: Pages) -> None:
-        """Waits until the step has stored the pages into the host pool, puts them, and waits for that. A server with
-        more to do uses `store.submit`, and keeps the host pages pinned until the future is done."""
-        if not len(host_pages):
-            return
-        keys = {page: key for key, page in self.cache.pages.items()}
-        records = self.host.landed(host_pages, after=self.device)
-        for result in self.store.put([keys[page] for page in host_pages], records):
-            if not result.is_hit:
-                print(f"a page was not stored: {result.reason}", file=sys.stderr)
+def wait_for_pages(server: Server, request: Request) -> int:
+    """Lets the cache get what the store has of a prompt; returns how many pages came. A server with more to do does
+    that meanwhile, and polls now and then."""
+    request.seq = server.cache.open(request.prompt, salt=request.salt)
+    before = server.cache.metrics.fetched
+    server.cache.prefetch(request.seq, seconds=10)
+    while server.cache.is_fetching(request.seq):
+        server.cache.poll()
+        time.sleep(1e-4)  # for the store's threads
+    return server.cache.metrics.fetched - before
 
 
-def requests_of(num_tokens: int, vocab: int, page_size: int) -> tuple[Request, Request]:
-    """The same prompt twice: with the keys of its pages, and without, so that it is computed."""
+def save_all(server: Server) -> None:
+    """What the requests have left on the device goes to the host pool with the next step, and from there to the
+    store."""
+    server.step([], 1)
+    server.cache.close(flush=60)
+
+
+def requests_of(num_tokens: int, vocab: int) -> tuple[Request, Request]:
+    """The same prompt twice; the second time with a salt of its own, so that it is computed."""
     prompt = np.random.default_rng(0).integers(0, vocab, num_tokens, np.int32)
-    prefixes, key = [], b""
-    for end in range(page_size, num_tokens + 1, page_size):  # a page's KV depends on all tokens before: so does its key
-        key = hashlib.sha256(key + prompt[end - page_size : end].tobytes()).digest()
-        prefixes.append(key)
-    return Request(prompt, prefixes, NUM_OUTPUT), Request(prompt, [], NUM_OUTPUT)
+    return Request(prompt, NUM_OUTPUT), Request(prompt, NUM_OUTPUT, salt=os.urandom(16))
 
 
 def serve(args: argparse.Namespace) -> dict[str, Any]:
     """What each of the two processes does; returns what it found."""
     config = MODELS[args.model]
-
-    def requests() -> tuple[Request, Request]:
-        return requests_of(args.prompt, config.vocab, args.page_size)
 
     def open_store(host: HostPool) -> PageStore:
         namespace = Namespace(host.spec, host.layout, f"{args.model} with random weights of seed 0")
@@ -95,30 +74,35 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
             return FileStore(namespace, args.directory)
         from jax_kvpool.stores.mooncake import MooncakeConfig, MooncakeStore
 
-        return MooncakeStore(namespace, MooncakeConfig(args.master))
+        store = MooncakeStore(namespace, MooncakeConfig(args.master))
+        for memory in host.memories:
+            store.register(memory)
+        return store
 
-    num_pages = requests()[0].num_pages(args.page_size)
+    num_pages = -(-(args.prompt + NUM_OUTPUT) // args.page_size)
     params = init_params(config, 0)
-    server = SharingServer(config, params, args.page_size, num_pages, num_pages, num_pages, open_store=open_store)
-    with server.store:
+    sizes = args.page_size, num_pages, num_pages, 8 * num_pages  # at most an eighth of the host pool comes at once
+    server = Server(config, params, *sizes, open_stores=lambda host: [open_store(host)], ahead=1)
+    with server.stores[0] as store:
         samples: dict[str, list[float]] = {"get": [], "first_token": [], "recompute": []}
         for _ in range(ROUNDS if args.role == "second" else 1):
-            request, plain = requests()
+            server.cache = KVCache(server.device, server.host, **server.options)  # cold
+            request, plain = requests_of(args.prompt, config.vocab)
             begin = time.perf_counter()
-            num_found = server.fetch(request)
+            num_found = wait_for_pages(server, request)
             samples["get"].append((time.perf_counter() - begin) * 1e3)
             server.run([request])
             samples["first_token"].append(samples["get"][-1] + request.first_token_seconds * 1e3)
+            if args.role == "first":
+                save_all(server)
             server.run([plain])
             samples["recompute"].append(plain.first_token_seconds * 1e3)
-            if args.role == "second":  # cold again
-                server.cache.drop(list(server.cache.pages))
         return {
             "output": request.output,
             "recomputed": plain.output,
-            "num_pages": len(request.prefixes),
+            "num_pages": (args.prompt - 1) // args.page_size,  # the last token is always computed
             "num_found": num_found,
-            "page_bytes": server.store.record_bytes,
+            "page_bytes": store.record_bytes,
             **{f"{name}_ms": statistics.median(of) for name, of in samples.items()},
         }
 

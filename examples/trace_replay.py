@@ -7,7 +7,7 @@ The server is in server.py, the model in model.py; here are the trace, the check
 
 A block of the trace, 512 tokens, becomes one page of `--block-tokens` tokens, and all lengths are scaled by that. The
 tokens of a block are drawn from its hash id, so equal ids are equal tokens. Arrival times are ignored: as fast as it
-goes. The device pool holds a fraction of the working set; what is reused comes from the host pool.
+goes. The device pool holds a fraction of the working set; what is reused comes from there or from the host pool.
 
 With `--block-tokens 512` nothing is scaled: pages and prompts are as long as the trace says. A part of the whole trace
 for four minutes of an H100 with 80 GB and 128 GB of host memory (a page is 64 MiB):
@@ -16,11 +16,11 @@ for four minutes of an H100 with 80 GB and 128 GB of host memory (a page is 64 M
         --block-tokens 512 --max-output 32 --device-pages 300 --host-pages 1500 --prefill-tokens 2048 \
         --seconds 240 --check-pages 0.2 --check-every 16
 
-Two checks, each of a sample. Pages: when a page is stored, a draw of `--check-pages` decides whether it is checked. If
-so, its bytes on the device are compared with those in the host pool, now and after every load, and with those that were
-stored. For that they are read back, outside of the times to the first token. Requests: every `--check-every`-th one
-with a prefix hit is computed again from its tokens alone. A difference raises `MismatchError`; the program says so and
-exits with 1.
+Two checks, each of a sample. Pages: when a page is computed, a draw of `--check-pages` decides whether it is checked.
+If so, its bytes are compared with those that were computed after every store, in the host pool, and after every load,
+on the device. For that they are read back, outside of the times to the first token. Requests: every `--check-every`-th
+one with a prefix hit is computed again from its tokens alone. A difference raises `MismatchError`; the program says so
+and exits with 1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from typing import Any
 import jax
 import numpy as np
 from model import MODELS, init_params, load_params
-from server import Pages, Request, Server, row_of
+from server import Moves, Pages, Request, Server, row_of
 
 from jax_kvpool import DevicePool, load, store
 
@@ -65,7 +65,7 @@ changed 1e-2. In bfloat16 that would hide; the comparison of bytes finds it what
 
 
 class MismatchError(RuntimeError):
-    """A loaded page is not the stored page, or what was computed from it is not what recomputation gives."""
+    """A page is not what was computed, or what was computed from it is not what recomputation gives."""
 
 
 def read_trace(path: Path, conversations: int = 1, limit: int | None = None) -> list[dict[str, Any]]:
@@ -97,12 +97,8 @@ def requests_of(
     for entry in entries:
         blocks, length = entry["hash_ids"], scaled(entry["input_length"])
         tokens = [np.random.default_rng((seed, block)).integers(0, vocab, page_size, np.int32) for block in blocks]
-        prefixes, key = [], b""
-        for block in blocks[: length // page_size]:  # the KV of a block depends on all before it: so does its key
-            key = hashlib.blake2b(key + block.to_bytes(8, "little"), digest_size=16).digest()
-            prefixes.append(key)
         num_output = min(scaled(entry["output_length"]), max_output)
-        requests.append(Request(np.concatenate(tokens)[:length], prefixes, num_output))
+        requests.append(Request(np.concatenate(tokens)[:length], num_output))
     return requests
 
 
@@ -115,93 +111,101 @@ def gather_pages(device: DevicePool, pages: jax.Array) -> dict[str, jax.Array]:
 class CheckedServer(Server):
     """Raises `MismatchError` if a page or a logit is not what it ought to be.
 
-    `check_pages`: the share of stored pages that are checked, now and when they are loaded. `check_every`: every so
-    many-th request with a prefix hit is computed again. `seed`: of the draw.
+    `check_pages`: the share of pages that are checked, from when they are computed on, wherever they go. `check_every`:
+    every so many-th request with a prefix hit is computed again. `seed`: of the draw.
     """
 
-    def __init__(self, *args: Any, check_pages: float = 1.0, check_every: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self, *args: Any, check_pages: float = 1.0, check_every: int = 1, seed: int = 0, **options: Any
+    ) -> None:
         self.check_pages, self.check_every = check_pages, check_every
         self.draw = random.Random(seed)
-        self.digests: dict[int, list[bytes]] = {}  # of the slabs that a host page was given, if it is checked
-        self.num_hits = self.num_logits = self.num_tokens = 0
+        # Of the slabs that a page of either pool ought to have, if it is checked.
+        self.device_digests: dict[int, list[bytes]] = {}
+        self.host_digests: dict[int, list[bytes]] = {}
+        self.num_hits = self.num_logits = self.num_tokens = self.num_without_room = 0
         self.num_loaded_checked = self.num_stored_checked = 0  # pages
         self.largest_difference = 0.0  # of logits, relative to the largest
         self.check_seconds = 0.0
-        self.seconds: list[tuple[float, float]] = []  # to the first token, with and without the host pool
-        super().__init__(*args)
+        self.seconds: list[tuple[float, float]] = []  # to the first token, with and without the cache
+        super().__init__(*args, **options)
         # Comparing and hashing let go of the GIL, which is worth a thread for a slab of 100 KB or more.
         is_large = self.device.spec.payload_bytes >= len(self.device.spec.slabs) * 100_000
         self.map: Any = concurrent.futures.ThreadPoolExecutor().map if is_large else map
         if check_pages:
-            list(self.read_pages([0]))  # compiles
+            list(self.digests_on_device([0]))  # compiles
 
-    def read_pages(self, pages: Pages) -> Iterator[list[np.ndarray]]:
-        """The bytes of device pages, one after another: all slabs, each uint8 of one dimension."""
+    def digests_on_device(self, pages: Pages) -> Iterator[list[bytes]]:
+        """Of the slabs of device pages, one page after another."""
         spec = self.device.spec
         at_a_time = min(max(READ_BYTES // spec.payload_bytes, 1), 32)  # always so many: one program
         for begin in range(0, len(pages), at_a_time):
             some = np.asarray(pages[begin : begin + at_a_time], np.int32)
             slabs = jax.device_get(gather_pages(self.device, np.resize(some, at_a_time)))
             for i in range(len(some)):
-                yield [slabs[s.name][s.layer, i].reshape(-1).view(np.uint8) for s in spec.slabs]
+                yield list(self.map(digest, [slabs[s.name][s.layer, i] for s in spec.slabs]))
 
-    def digests_of(self, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[bytes]]]:
-        """The host pages of pairs `(device page, host page)`, which must be equal, and the digests of their slabs."""
-        for (_, page), slabs in zip(pairs, self.read_pages([device for device, _ in pairs]), strict=True):
+    def digests_on_host(self, page: int) -> list[bytes]:
+        return list(self.map(digest, [self.host.slab(page, s.name, s.layer) for s in self.device.spec.slabs]))
 
-            def digest(spec: Any, on_device: np.ndarray, page: int = page) -> bytes:
-                in_host_pool = self.host.slab(page, spec.name, spec.layer).reshape(-1).view(np.uint8)
-                if not np.array_equal(on_device, in_host_pool):
-                    raise MismatchError(
-                        f"host page {page}, {spec.name} of layer {spec.layer}: its bytes are not the device page's"
-                    )
-                return hashlib.blake2b(on_device, digest_size=16).digest()
-
-            yield page, list(self.map(digest, self.device.spec.slabs, slabs))
-
-    def on_stored(self, device_pages: Pages, host_pages: Pages) -> None:
+    def on_committed(self, pages: Pages) -> None:
         with self.checking():
-            pairs = []
-            for pair in zip(device_pages, host_pages, strict=True):
-                self.digests.pop(pair[1], None)  # of the page that was there before
+            drawn = []
+            for page in np.asarray(pages).tolist():
+                self.device_digests.pop(page, None)  # of the page that was there before
                 if self.draw.random() < self.check_pages:
-                    pairs.append(pair)
-            self.digests.update(self.digests_of(pairs))
-            self.num_stored_checked += len(pairs)
+                    drawn.append(page)
+            self.device_digests.update(zip(drawn, self.digests_on_device(drawn), strict=True))
 
-    def on_loaded(self, device_pages: Pages, host_pages: Pages) -> None:
+    def on_moved(self, moves: Moves) -> None:
         with self.checking():
-            self.num_loaded_checked += self.check_loaded(device_pages, host_pages)
+            for device_page, host_page in pairs_of(moves.stores):
+                self.host_digests.pop(host_page, None)
+                if expected := self.device_digests.get(device_page):
+                    self._compare_page(f"host page {host_page}", self.digests_on_host(host_page), expected)
+                    self.host_digests[host_page] = expected
+                    self.num_stored_checked += 1
+            self.num_loaded_checked += self.check_loaded(pairs_of(moves.loads))
 
-    def check_loaded(self, device_pages: Pages, host_pages: Pages) -> int:
-        """Compares those pages whose digests were taken when they were stored, and counts them."""
-        pairs = [pair for pair in zip(device_pages, host_pages, strict=True) if pair[1] in self.digests]
-        for page, digests in self.digests_of(pairs):
-            for slab, digest, stored in zip(self.device.spec.slabs, digests, self.digests[page], strict=True):
-                if digest != stored:
-                    raise MismatchError(
-                        f"host page {page}, {slab.name} of layer {slab.layer}: its bytes are not those that were stored"
-                    )
+    def check_loaded(self, pairs: Sequence[tuple[int, int]]) -> int:
+        """Compares the device pages of those pairs whose host page is checked, and counts them."""
+        for device_page, _ in pairs:
+            self.device_digests.pop(device_page, None)
+        pairs = [(device_page, host_page) for device_page, host_page in pairs if host_page in self.host_digests]
+        found = self.digests_on_device([device_page for device_page, _ in pairs])
+        for (device_page, host_page), digests in zip(pairs, found, strict=True):
+            expected = self.host_digests[host_page]
+            self._compare_page(f"a device page, loaded from host page {host_page}", digests, expected)
+            self.device_digests[device_page] = expected
         return len(pairs)
 
+    def _compare_page(self, what: str, digests: list[bytes], expected: list[bytes]) -> None:
+        for slab, got, was in zip(self.device.spec.slabs, digests, expected, strict=True):
+            if got != was:
+                raise MismatchError(
+                    f"{what}, {slab.name} of layer {slab.layer}: its bytes are not those that were computed"
+                )
+
     def on_starting(self, request: Request) -> None:
-        if request.num_loaded:
+        if request.num_cached:
             self.num_hits += 1
             request.keeps_logits = self.num_hits % self.check_every == 0
 
     def on_finished(self, request: Request) -> None:
-        """Computes some requests again, without the host pool, and compares the logits of every output token."""
+        """Computes some requests again, in pages of their own, and compares the logits of every output token."""
         if not request.keeps_logits:
             return
         with self.checking():
-            # In its own pages, which nobody needs any more: the pool may have no room for the longest request twice.
-            # Each has another place now, so whatever is not computed again is wrong.
-            pages = np.roll(request.pages, 1)
-            logits, _, seconds = self.prefill(request.prompt, pages)
+            seq = self.cache.open(request.prompt, salt=b"recomputed %d" % self.num_hits)  # which nobody has
+            if not self.cache.admit(seq, request.num_tokens):
+                self.num_without_room += 1
+                return
+            logits, _, seconds = self.prefill(seq, request.prompt, commits=False)
             self._compare(request, 0, np.asarray(logits))
             for i in range(1, request.num_output):
-                row = [request.output[i - 1]], len(request.prompt) + i - 1, pages
-                self._compare(request, i, np.asarray(row_of(self.step([row], 1).logits, 0)))
+                row = [request.output[i - 1]], len(request.prompt) + i - 1, seq
+                self._compare(request, i, np.asarray(row_of(self.step([row], 1, commits=False).logits, 0)))
+            self.cache.release(seq)
             self.seconds.append((request.first_token_seconds, seconds))
 
     @contextlib.contextmanager
@@ -228,28 +232,37 @@ class CheckedServer(Server):
         self.largest_difference = max(self.largest_difference, float(difference))
 
     def copy_seconds(self, num_pages: int) -> tuple[float, float]:
-        """Median seconds of a load and of a store of so many cached pages alone; call it when no request runs."""
-        host_pages = np.array(list(self.cache.pages.values())[:num_pages], np.int32)
-        device_pages = np.arange(num_pages, dtype=np.int32)
+        """Median seconds of a load and of a store of so many pages alone; to be called at the very end, since the cache
+        does not know of it."""
+        pages = np.arange(num_pages, dtype=np.int32)
         medians = []
         for copy in (load, store):  # the store puts back what the load took
             seconds = []
             for _ in range(6):
                 begin = time.perf_counter()
-                self.device = jax.block_until_ready(copy(self.device, self.host, device_pages, host_pages))
+                self.device = jax.block_until_ready(copy(self.device, self.host, pages, pages))
                 seconds.append(time.perf_counter() - begin)
             medians.append(statistics.median(seconds[1:]))  # the first one compiles
-        self.check_loaded(device_pages, host_pages)
+        self.check_loaded([(page, page) for page in pages.tolist()])
         return medians[0], medians[1]
+
+
+def digest(slab: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(slab).reshape(-1).view(np.uint8), digest_size=16).digest()
+
+
+def pairs_of(arrays: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+    """Device page and host page, without padding."""
+    return [pair for pair in zip(*(array.tolist() for array in arrays), strict=True) if pair[0] >= 0]
 
 
 def results(server: CheckedServer, all_requests: Sequence[Request], num_served: int, seconds: float) -> dict[str, Any]:
     """What the report says; all of it but `trace_requests` is of the requests that were served, the first ones."""
     requests = all_requests[:num_served]
-    hits = [r for r in requests if r.num_loaded]
-    page_bytes, num_loaded = server.device.spec.payload_bytes, sum(r.num_loaded for r in requests)
-    num_stored = sum(r.num_stored for r in requests)
-    num_copied = min(256, len(server.cache.pages), server.device.num_pages)
+    metrics = dataclasses.replace(server.cache.metrics)  # as they are now
+    hits = [r for r in requests if r.num_cached]
+    page_bytes, num_cached = server.device.spec.payload_bytes, sum(r.num_cached for r in requests)
+    num_copied = min(256, server.host.num_pages, server.device.num_pages)
     load_seconds, store_seconds = server.copy_seconds(num_copied)
     with_pool, without = zip(*server.seconds, strict=True) if server.seconds else ((), ())
     return {
@@ -262,15 +275,17 @@ def results(server: CheckedServer, all_requests: Sequence[Request], num_served: 
         "seconds": seconds,
         "check_seconds": server.check_seconds,
         "prefix_hits": len(hits),
-        "full_blocks": sum(len(r.prefixes) for r in requests),
-        "tokens_computed": sum(len(r.prompt) for r in requests) - num_loaded * server.page_size,
-        "tokens_saved": num_loaded * server.page_size,
+        "full_blocks": sum(len(r.prompt) // server.page_size for r in requests),
+        "tokens_computed": sum(len(r.prompt) for r in requests) - num_cached,
+        "tokens_saved": num_cached,
+        "tokens_from_device": metrics.hits["device"],
+        "tokens_from_host": metrics.hits["host"],
         "tokens_generated": sum(len(r.output) for r in requests),
-        "pages_loaded": num_loaded,
-        "pages_stored": num_stored,
-        "pages_evicted": server.cache.num_evicted,
-        "gb_loaded": num_loaded * page_bytes / 1e9,
-        "gb_stored": num_stored * page_bytes / 1e9,
+        "pages_loaded": metrics.loaded,
+        "pages_stored": metrics.written,
+        "pages_evicted": metrics.evicted["host"],
+        "gb_loaded": metrics.loaded * page_bytes / 1e9,
+        "gb_stored": metrics.written * page_bytes / 1e9,
         "pages_timed": num_copied,
         "load_gb_per_second": num_copied * page_bytes / load_seconds / 1e9,
         "store_gb_per_second": num_copied * page_bytes / store_seconds / 1e9,
@@ -279,6 +294,7 @@ def results(server: CheckedServer, all_requests: Sequence[Request], num_served: 
         "pages_loaded_checked": server.num_loaded_checked,
         "pages_stored_checked": server.num_stored_checked,
         "checked_requests": len(server.seconds),
+        "without_room": server.num_without_room,
         "with_pool_first_token_ms": median_ms(with_pool),
         "without_pool_first_token_ms": median_ms(without),
         "checked_logits": server.num_logits,
@@ -304,20 +320,21 @@ def table(r: dict[str, Any]) -> str:
         "pools": f"{r['device_pages']:,} device pages, {r['host_pages']:,} host pages, of {r['page_bytes']:,} bytes",
         "requests": f"{r['requests']:,} of {r['trace_requests']:,} in {r['seconds']:.1f} s, "
         f"{r['check_seconds']:.1f} s of them checks",
-        "prefix hits": f"{r['prefix_hits']:,} requests, {r['pages_loaded']:,} of {r['full_blocks']:,} full blocks",
+        "prefix hits": f"{r['prefix_hits']:,} requests, {r['full_blocks']:,} full blocks",
         "prompt tokens computed": f"{r['tokens_computed']:,}",
         "prompt tokens saved": f"{r['tokens_saved']:,} ({share:.1%})",
+        "  of them": f"{r['tokens_from_device']:,} were on the device, {r['tokens_from_host']:,} in the host pool",
         "tokens generated": f"{r['tokens_generated']:,}",
         "loaded": f"{r['pages_loaded']:,} pages, {r['gb_loaded']:.3f} GB",
         "stored": f"{r['pages_stored']:,} pages, {r['gb_stored']:.3f} GB; {r['pages_evicted']:,} pages evicted",
         "load alone": f"{r['load_gb_per_second']:.2f} GB/s ({r['pages_timed']} pages at once, without the model)",
         "store alone": f"{r['store_gb_per_second']:.2f} GB/s",
         "time to first token": f"{milliseconds('hit_first_token_ms')}, median of the {r['prefix_hits']:,} hits",
-        "  with the host pool": f"{milliseconds('with_pool_first_token_ms')}, median of {r['checked_requests']} hits",
+        "  with the cache": f"{milliseconds('with_pool_first_token_ms')}, median of {r['checked_requests']} hits",
         "  without": f"{milliseconds('without_pool_first_token_ms')}, the same requests recomputed",
         "checked pages": f"{r['pages_loaded_checked']:,} of {r['pages_loaded']:,} loaded, "
         f"{r['pages_stored_checked']:,} of {r['pages_stored']:,} stored: right, byte for byte",
-        "computed again": f"{r['checked_requests']:,} of {r['prefix_hits']:,} hits",
+        "computed again": f"{r['checked_requests']:,} of {r['prefix_hits']:,} hits, {r['without_room']:,} had no room",
         "checked logits": f"of {r['checked_logits']:,} tokens: differ by at most {r['largest_difference']:.1e} of the "
         f"largest (tolerance {r['tolerance']:.1e})",
         "checked greedy tokens": f"{r['checked_tokens']:,}, where the margin exceeds the tolerance: equal",
@@ -399,8 +416,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not entries:
         sys.exit(f"--conversations: {args.trace} has none left with one in {args.conversations}")
     requests = requests_of(entries, args.block_tokens, args.max_output, config.vocab, args.seed)
-    num_blocks = len({key for r in requests for key in r.prefixes})
-    longest = max(r.num_pages(args.block_tokens) for r in requests)
+    # Of the trace's blocks, numbers say which are equal.
+    num_blocks = len(
+        {b for e, r in zip(entries, requests, strict=True) for b in e["hash_ids"][: len(r.prompt) // args.block_tokens]}
+    )
+    longest = max(-(-r.num_tokens // args.block_tokens) for r in requests)
     device_pages = args.device_pages or max(num_blocks // 8, 2 * longest)
     host_pages = args.host_pages or max(num_blocks * 3 // 5, 1)
     if device_pages < longest:

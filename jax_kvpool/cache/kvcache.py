@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["KVCache"]
 
 _SIZES: Final = (0, 8, 64, 512)
-"""Lengths of the arrays of `Moves`; what is longer has a multiple of the last one. One program for each length that
-occurs: copies, stores and loads of a step share theirs."""
+"""Lengths of the arrays of `Moves`; what is longer has a multiple of the last one. A program for each that occurs, and
+another one with copies."""
 
 
 class KVCache:
@@ -300,7 +300,9 @@ class KVCache:
         copies = [(source, target) for source, target, _ in plan.copies]
         loads = [(self._tiers.device_page[entry], self._tiers.host_page[entry]) for entry in plan.loads]
         size = _size_of(max(map(len, (copies, plan.stores, loads))))
-        arrays = [self._ids(pairs, size if pairs else 0) for pairs in (copies, plan.stores, loads)]
+        # Stores and loads are as long as each other, and copies, which are rare, also nothing: so many programs.
+        sizes = (size if copies else 0, size, size)
+        arrays = [self._ids(pairs, n) for pairs, n in zip((copies, plan.stores, loads), sizes, strict=True)]
         self._moves = Moves(arrays[0], arrays[1], arrays[2], plan.step, len(copies), len(plan.stores), len(loads))
         return self._moves
 
