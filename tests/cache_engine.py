@@ -19,13 +19,18 @@ class Output:
     """Of a step, on the device: a leaf of a pytree with `is_ready`."""
 
     def __init__(self):
-        self.ready = False
+        self.ready, self.error = False, None
+
+    def is_deleted(self):
+        return False
 
     def is_ready(self):
         return self.ready
 
     def block_until_ready(self):
         self.ready = True
+        if self.error is not None:
+            raise self.error
 
 
 def result(outcome):

@@ -310,9 +310,11 @@ class KVCache:
         """The step was called, so its moves come before those of all later ones.
 
         `output`: a pytree of arrays of the step that the next one does not donate, which live on every device: when all
-        are ready, the step is done. None: `landed` or `failed` will tell.
+        are ready, the step is done. None: `landed` or `failed` will tell. `ValueError` for one that is on some of the
+        devices of the host pool only, or has no array.
         """
         self._check_moves(moves)
+        self._check_output(output)
         self._moves = None
         self._tiers.dispatch()
         self._in_flight.append((moves, output))
@@ -330,11 +332,19 @@ class KVCache:
 
     def poll(self) -> None:
         """Looks which steps are done, and what the stores have done, and gives them more. Never blocks; to be called
-        now and then, also when no step runs."""
+        now and then, also when no step runs. Raises what a step failed with, again and again until `failed` is called
+        for it."""
         while self._in_flight and self._in_flight[0][1] is not None:
             moves, output = self._in_flight[0]
-            if not all(leaf.is_ready() for leaf in jax.tree.leaves(output)):
+            leaves = jax.tree.leaves(output)
+            if any(leaf.is_deleted() for leaf in leaves):  # of which jax 0.10 must not be asked more
+                raise ValueError(
+                    f"output: expected arrays that no later step donates, got one of step {moves.step} that is deleted"
+                )
+            if not all(leaf.is_ready() for leaf in leaves):
                 break
+            for leaf in leaves:  # a step that failed is as ready as any
+                leaf.block_until_ready()
             self._in_flight.popleft()
             self._tiers.landed = moves.step
         if self._saving is not None:
@@ -494,6 +504,19 @@ class KVCache:
         if moves is not self._moves:
             step = "none" if self._moves is None else f"those of step {self._moves.step}"
             raise ValueError(f"moves: expected what the last step() returned, {step}, got those of step {moves.step}")
+
+    def _check_output(self, output: Any) -> None:
+        if output is None:
+            return
+        leaves = jax.tree.leaves(output)
+        if not leaves:
+            raise ValueError(f"output: expected arrays of the step, or None, got {shown(output)}")
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        if self._host is not None and arrays:
+            devices = {device for array in arrays for device in array.sharding.addressable_devices}
+            if missing := self._host.array.sharding.addressable_devices - devices:
+                names = ", ".join(sorted(map(str, missing)))
+                raise ValueError(f"output: expected one on every device of the host pool, got none on {names}")
 
     def _check_in_flight(self, moves: Moves) -> None:
         if all(moves is not other for other, _ in self._in_flight):

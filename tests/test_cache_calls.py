@@ -1,0 +1,337 @@
+"""`KVCache`: what its calls mean, one by one, and what is refused."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cache_engine import PAGE, SPEC, Engine, Output
+from jax.sharding import Mesh
+
+from jax_kvpool import DevicePool, HostPool, PageSpec, copy_pages, load, store
+from jax_kvpool.cache import KVCache, Matched
+
+pytest.importorskip("xxhash", reason="page stores need xxhash")
+
+from jax_kvpool.stores import FileStore, MemoryStore, Namespace
+
+TOKENS = np.arange(10, dtype=np.int32)
+
+
+def new_cache(num_device=6, num_host=8, **options):
+    return KVCache(DevicePool.create(SPEC, num_device), HostPool.create(SPEC, num_host), **options)
+
+
+def computed(cache, tokens, **options):
+    """A sequence, all of it computed."""
+    seq = cache.open(tokens, **options)
+    assert cache.admit(seq, len(tokens))
+    moves = cache.step()
+    cache.dispatched(moves)
+    cache.commit(seq, tokens[seq.num_cached :])
+    return seq
+
+
+def test_a_prefix_is_found_as_soon_as_it_is_committed():
+    cache = new_cache()
+    seq = computed(cache, TOKENS)
+    assert cache.match(cache.open(TOKENS)) == Matched(8, 0, 0)
+    assert cache.match(cache.open(TOKENS[:8])) == Matched(4, 0, 0)  # the last token is always computed
+    assert cache.match(cache.open(TOKENS, salt=b"another tenant")) == Matched(0, 0, 0)
+    assert cache.match(cache.open(TOKENS, extras=[(1, b"image")])) == Matched(0, 0, 0)
+    assert seq.num_committed == 10 and len(seq.pages) == 3 and not seq.pages.flags.writeable
+
+
+def test_pages_that_are_being_computed_are_pending():
+    cache = new_cache()
+    seq = cache.open(TOKENS)
+    assert cache.admit(seq, 10)
+    other = cache.open(TOKENS)
+    assert cache.match(other) == Matched(0, 0, 8)
+    cache.dispatched(cache.step())
+    cache.commit(seq, TOKENS[:5])
+    assert cache.match(other) == Matched(4, 0, 4)
+    cache.release(seq)
+    assert cache.match(other) == Matched(4, 0, 0)
+
+
+def test_twins_share_the_first_one_s_page_in_the_end():
+    cache = new_cache()
+    one, two = cache.open(TOKENS), cache.open(TOKENS)
+    assert cache.admit(one, 10) and cache.admit(two, 10)
+    assert not set(one.pages.tolist()) & set(two.pages.tolist())
+    cache.dispatched(cache.step())
+    before = two.pages.tolist()
+    cache.commit(one, TOKENS)
+    cache.commit(two, TOKENS)
+    assert two.pages.tolist() == before
+    third = cache.open(TOKENS)
+    assert cache.admit(third, 10) is False  # six pages are held
+    cache.release(two)
+    assert cache.admit(third, 10) and third.pages[:2].tolist() == one.pages[:2].tolist()
+
+
+def test_admission_is_all_or_nothing():
+    cache = new_cache(num_device=3, reserved=[1])
+    seq = cache.open(TOKENS)
+    assert not cache.admit(seq, 10) and not seq.is_admitted and len(seq.pages) == 0
+    assert cache.admit(seq, 8) and sorted(seq.pages.tolist()) == [0, 2]
+    assert not cache.grow(seq, 9) and len(seq.pages) == 2
+
+
+def test_a_preempted_sequence_comes_back_to_what_it_has_computed():
+    cache = new_cache()
+    seq = computed(cache, TOKENS)
+    assert cache.grow(seq, 13)
+    cache.dispatched(cache.step())
+    cache.commit(seq, [7, 8, 9])  # answers
+    cache.release(seq)
+    assert seq.tokens.tolist() == [*range(10), 7, 8, 9]
+    assert cache.admit(seq, 13) and seq.num_cached == 12
+
+
+def test_a_hit_in_the_host_pool_is_loaded_with_the_next_plan():
+    cache = new_cache(num_device=3, ahead=0)
+    first = computed(cache, TOKENS)
+    cache.release(first)
+    second = computed(cache, 100 + TOKENS)  # the first one has to go
+    cache.release(second)
+    assert cache.match(cache.open(TOKENS)) == Matched(0, 8, 0)
+    again = cache.open(TOKENS)
+    assert cache.admit(again, 10) and again.num_cached == 8 and not cache.is_loaded(again)
+    moves = cache.step()
+    assert cache.is_loaded(again)
+    assert moves.num_loads == 2 and moves.loads[0][:2].tolist() == again.pages[:2].tolist()
+    assert [len(array) for array in jax.tree.leaves(moves)] == [0, 0, 8, 8, 8, 8]
+    assert cache.metrics.hits == {"device": 0, "host": 8, "store": 0}
+
+
+def test_loads_beyond_the_cap_come_with_later_plans():
+    cache = new_cache(num_device=6, ahead=0, max_loads=1)
+    long = np.arange(21, dtype=np.int32)
+    cache.release(computed(cache, long))
+    cache.release(computed(cache, 100 + long))
+    seq = cache.open(long)
+    assert cache.admit(seq, 21) and seq.num_cached == 20
+    for left in (4, 3, 2, 1, 0):
+        moves = cache.step()
+        assert moves.num_loads == 1 and cache.is_loaded(seq) == (left == 0)
+        cache.dispatched(moves)
+
+
+def test_a_failed_step_takes_all_that_it_may_have_touched():
+    cache = new_cache(num_device=3, ahead=0)
+    cache.release(computed(cache, TOKENS))
+    for moves, _ in [*cache._in_flight]:
+        cache.landed(moves)
+    seq = cache.open(100 + TOKENS)
+    assert cache.admit(seq, 10)
+    moves, output = cache.step(), Output()
+    assert moves.num_stores == 2
+    output.ready, output.error = True, RuntimeError("the step failed")
+    cache.dispatched(moves, output)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the step failed"):
+            cache.poll()
+    cache.failed(moves)
+    assert not seq.is_admitted and cache.match(cache.open(TOKENS)) == Matched(0, 0, 0)
+    assert cache.admit(seq, 10)
+
+
+def test_a_step_of_a_real_engine(tmp_path):
+    """Copies, stores and loads inside jit; the third tier in files; a restart."""
+    spec = PageSpec.uniform(PAGE, 2, {"k": ((2, 8), "float32"), "v": ((2, 8), "float32")})
+
+    @jax.jit
+    def step(device, host, moves, pages, tokens):
+        device = copy_pages(device, *moves.copies)
+        device = load(store(device, host, *moves.stores), host, *moves.loads)
+        values = tokens.reshape(-1, PAGE, 1, 1).astype(jnp.float32)
+        arrays = jax.tree.map(
+            lambda a: a.at[pages].set(jnp.broadcast_to(values, (len(pages), *a.shape[1:]))), device.arrays
+        )
+        return jnp.sum(tokens), device.with_arrays(arrays)
+
+    class Process:
+        def __init__(self, directory):
+            self.device, self.host = DevicePool.create(spec, 4), HostPool.create(spec, 16)
+            self.store = FileStore(Namespace(self.host.spec, self.host.layout, "m"), directory)
+            self.cache = KVCache(self.device, self.host, stores=[self.store], ahead=1)
+
+        def step(self, pages=(), tokens=()):
+            moves = self.cache.step()
+            done, self.device = step(
+                self.device, self.host, moves, np.array(pages, np.int32), np.array(tokens, np.int32)
+            )
+            self.cache.dispatched(moves, done)
+            done.block_until_ready()
+            self.cache.poll()
+
+        def run(self, tokens, seconds=0.0):
+            cache, tokens = self.cache, np.asarray(tokens, np.int32)
+            seq = cache.open(tokens)
+            if seconds:
+                cache.prefetch(seq, seconds)
+                while cache.is_fetching(seq):
+                    cache.poll()
+            assert cache.admit(seq, len(tokens))
+            begin = seq.num_cached // PAGE
+            self.step(seq.pages[begin:], np.resize(tokens[begin * PAGE :], (len(seq.pages) - begin) * PAGE))
+            for array in jax.tree.leaves(self.device.arrays):
+                content = np.asarray(array)[seq.pages[: len(tokens) // PAGE], :, 0, 0].reshape(-1)
+                np.testing.assert_array_equal(content, tokens[: len(content)])
+            cache.commit(seq, tokens[seq.num_cached :])
+            cache.release(seq)
+            return seq
+
+        def close(self):
+            self.step()
+            self.cache.close(flush=20)
+            self.store.close()
+            self.host.close()
+
+    def served():
+        process = Process(tmp_path)
+        prompts = [np.arange(i, i + 13) for i in range(0, 300, 100)]
+        for prompt in [*prompts, *prompts, prompts[2]]:
+            process.run(prompt, seconds=20)
+        process.close()
+        return process.cache.metrics
+
+    first = served()
+    assert first.hits["device"] > 0 < first.hits["host"] and first.hits["store"] == 0 and first.saved == 9
+    second = served()
+    assert second.hits["store"] == 36 and second.fetched == 9 and not second.failures
+
+
+def test_a_store_that_is_closed_is_a_miss():
+    host = HostPool.create(SPEC, 8)
+    store = MemoryStore(Namespace(host.spec, host.layout, "m"))
+    cache = KVCache(DevicePool.create(SPEC, 3), host, stores=[store])
+    store.close()
+    seq = cache.open(TOKENS)
+    cache.prefetch(seq, 20)
+    while cache.is_fetching(seq):
+        cache.poll()
+    assert cache.match(seq) == Matched(0, 0, 0)
+    assert cache.metrics.failures == {"RuntimeError: MemoryStore is closed": 2}
+    assert cache.admit(seq, 10)
+
+
+def admitted(cache):
+    seq = cache.open(TOKENS)
+    assert cache.admit(seq, 10)
+    return seq
+
+
+def twice(cache):
+    moves = cache.step()
+    cache.dispatched(moves)
+    cache.dispatched(moves)
+
+
+def released(cache):
+    seq = computed(cache, TOKENS)
+    cache.release(seq)
+    return seq
+
+
+def half_of_the_devices():
+    mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("tp",))
+    cache = KVCache(DevicePool.create(SPEC, 3), HostPool.create(SPEC, 3, mesh=mesh))
+    cache.dispatched(cache.step(), jnp.zeros(1))
+
+
+def donated_output(cache):
+    moves, output = cache.step(), jnp.zeros(3)
+    cache.dispatched(moves, output)
+    output.delete()
+    cache.poll()
+
+
+MISTAKES = {
+    "commit of what was not admitted": (
+        lambda c: c.commit(c.open(TOKENS), [0]),
+        "seq: expected one that this cache has a",
+    ),
+    "commit after release": (
+        lambda c: c.commit(released(c), [0]),
+        "and not released since, got Sequence(10 tokens, 0 c",
+    ),
+    "release twice": (lambda c: c.release(released(c)), "seq: expected one that this cache has admitted"),
+    "grow of what was not admitted": (
+        lambda c: c.grow(c.open(TOKENS), 12),
+        "seq: expected one that this cache has admit",
+    ),
+    "fork after release": (lambda c: c.fork(released(c)), "seq: expected one that this cache has admitted"),
+    "admitted twice": (
+        lambda c: c.admit(admitted(c), 10) or c.admit(admitted(c), 10),
+        "expected one that is not admitted",
+    ),
+    "a sequence of another cache": (lambda c: c.commit(computed(new_cache(), TOKENS), [0]), "this cache has admitted"),
+    "more tokens than pages": (
+        lambda c: c.commit(admitted(c), range(13)),
+        "tokens: expected at most 12, for which Seq",
+    ),
+    "other tokens": (lambda c: c.commit(admitted(c), [0, 1, 5]), "expected those of the sequence, 2 at 2, got 5"),
+    "a plan dispatched twice": (twice, "moves: expected what the last step() returned, none, got those of step 1"),
+    "a plan that is undecided": (lambda c: (c.step(), c.step()), "step: expected step 1 to be dispatched or cancelled"),
+    "a plan cancelled after it was dispatched": (
+        lambda c: (lambda m: (c.dispatched(m), c.cancelled(m)))(c.step()),
+        "moves: expected what the last step() returned",
+    ),
+    "a step failed that was not dispatched": (
+        lambda c: c.failed(c.step()),
+        "moves: expected those of a step that is dis",
+    ),
+    "an output on some devices": (
+        lambda c: half_of_the_devices(),
+        "output: expected one on every device of the host p",
+    ),
+    "an output of nothing": (
+        lambda c: c.dispatched(c.step(), []),
+        "output: expected arrays of the step, or None, got []",
+    ),
+    "an output that is donated": (donated_output, "output: expected arrays that no later step donates"),
+    "no tokens": (lambda c: c.open([]), "tokens: expected at least one, got none"),
+    "half a token": (lambda c: c.open([0.5]), "tokens: expected a list or a 1-D array of tokens"),
+    "a salt of text": (lambda c: c.open(TOKENS, salt="tenant"), "salt: expected bytes, got 'tenant'"),
+    "no sequence": (
+        lambda c: c.match(TOKENS),
+        "seq: expected a Sequence, got an array int32[10] (ndarray); cache.open(to",
+    ),
+    "no time": (lambda c: c.prefetch(c.open(TOKENS), 0), "seconds: expected a positive number of seconds"),
+    "arrays as a pool": (lambda c: KVCache({"k": []}), "device: expected a DevicePool"),
+    "pools of two specs": (
+        lambda c: KVCache(
+            DevicePool.create(SPEC, 3), HostPool.create(PageSpec.uniform(8, 1, {"k": ((8,), "int8")}), 3)
+        ),
+        "host: expected a pool of PageSpec(4 tokens",
+    ),
+    "too many stores": (
+        lambda c: new_cache(stores=[1, 2]),
+        "stores: expected one for each shard of the host pool, 1, g",
+    ),
+    "more than all ahead": (lambda c: new_cache(ahead=5), "ahead: expected a number of 0 to 1, got 5"),
+    "reserved pages that are not there": (lambda c: new_cache(reserved=[99]), "pages: expected ids from 0 to 5"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_a_sentence(mistake):
+    make, sentence = MISTAKES[mistake]
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=re.escape(sentence)):
+        make(new_cache())
+
+
+def test_an_engine_that_is_two_steps_behind():
+    """It commits what steps computed when the next ones are dispatched already."""
+    engine = Engine(6, 8)
+    running = engine.start(list(range(10)))
+    engine.step({running: 4})
+    engine.step({running: 4})
+    engine.step({running: 2})
+    assert len(engine.in_flight) == 3
+    engine.land(3)
+    engine.check()
