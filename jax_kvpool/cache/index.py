@@ -49,9 +49,9 @@ class Index:
             found.append(entry)
             parent = serials[entry]
         if found:
-            is_equal = (self.tokens[found] == tokens[: len(found)]).all(axis=1)
-            if not is_equal.all():
-                del found[int(is_equal.argmin()) :]
+            stored, asked = self.tokens[found], tokens[: len(found)]
+            if not np.array_equal(stored, asked):
+                del found[int((stored == asked).all(axis=1).argmin()) :]
         return found
 
     def insert(

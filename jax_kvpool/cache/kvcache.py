@@ -114,6 +114,7 @@ class KVCache:
         self._moves: Moves | None = None  # closed, and neither dispatched nor cancelled
         self._in_flight = collections.deque[tuple[Moves, Any]]()
         self._running: dict[Sequence, None] = {}  # that are admitted
+        self._matched: tuple[Sequence, list[int]] | None = None
         self._pending = collections.Counter[bytes]()  # keys of pages that running sequences are computing
 
     # ---- sequences ----
@@ -154,7 +155,8 @@ class KVCache:
         if self._saving is None or seq.is_admitted:
             return
         self._end_lease(seq)
-        limit, entries = self._matchable(seq), self._match(seq)
+        limit, entries = self._matchable(seq), self._look_up(seq)
+        self._matched = None
         if len(entries) < limit:
             self._tiers.pin(entries)
             keys, tokens = seq._all_keys(limit)[len(entries) : limit], seq._by_page(limit)[len(entries) :].copy()
@@ -179,6 +181,7 @@ class KVCache:
         num_tokens = self._checked_tokens(seq, num_tokens)
         tiers = self._tiers
         entries = self._match(seq)[: num_tokens // self._page_size]
+        self._matched = None
         tiers.pin(entries)
         to_load = [entry for entry in entries if tiers.device_page[entry] < 0]
         num_own = self._num_pages(num_tokens) - len(entries)
@@ -215,6 +218,7 @@ class KVCache:
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Makes room for the first `num_tokens` tokens of an admitted sequence. All or nothing, as `admit`."""
+        self._matched = None
         self._check_admitted(seq)
         num_tokens = checked_int("num_tokens", num_tokens, 1, MAX_INT32)
         missing = self._num_pages(num_tokens) - seq._num_pages
@@ -233,6 +237,7 @@ class KVCache:
 
         Raises `ValueError` for tokens beyond the sequence's pages, or others than it was opened with.
         """
+        self._matched = None
         self._check_admitted(seq)
         data = np.frombuffer(token_bytes("tokens", tokens), "<i4").astype(np.int32)
         begin, end = seq.num_committed, seq.num_committed + data.size
@@ -255,6 +260,7 @@ class KVCache:
         """Another sequence of the tokens that are committed, with their KV; what comes behind them may differ. It
         shares the pages that others can match, and gets copies of the rest, of which the next plan's `copies` tells.
         None if there are not enough pages."""
+        self._matched = None
         self._check_admitted(seq)
         tiers = self._tiers
         num_shared, num_pages = len(seq._entries), self._num_pages(max(seq.num_committed, 1))
@@ -278,6 +284,7 @@ class KVCache:
         """Gives its pages back, or ends its prefetch: at its end, when it is aborted, or to make room; then it may be
         admitted again. What it has committed can be matched from now on as before. Steps that were dispatched may still
         write the others."""
+        self._matched = None
         if isinstance(seq, Sequence) and not seq.is_admitted and seq._lease is not None:
             self._end_lease(seq)
             return
@@ -294,6 +301,7 @@ class KVCache:
     def step(self) -> Moves:
         """Closes the plan of one step: what it moves before it computes. To be told `dispatched` or `cancelled`
         next."""
+        self._matched = None
         if self._moves is not None:
             raise RuntimeError(f"step: expected step {self._moves.step} to be dispatched or cancelled before")
         plan = self._tiers.close(self._max_loads)
@@ -313,6 +321,7 @@ class KVCache:
         are ready, the step is done. None: `landed` or `failed` will tell. `ValueError` for one that is on some of the
         devices of the host pool only, or has no array.
         """
+        self._matched = None
         self._check_moves(moves)
         self._check_output(output)
         self._moves = None
@@ -324,6 +333,7 @@ class KVCache:
 
     def cancelled(self, moves: Moves) -> None:
         """The step was not called, or the call raised before anything ran: its moves are in the next plan."""
+        self._matched = None
         self._check_moves(moves)
         self._moves = None
         self._tiers.cancel()
@@ -334,6 +344,7 @@ class KVCache:
         """Looks which steps are done, and what the stores have done, and gives them more. Never blocks; to be called
         now and then, also when no step runs. Raises what a step failed with, again and again until `failed` is called
         for it."""
+        self._matched = None
         while self._in_flight and self._in_flight[0][1] is not None:
             moves, output = self._in_flight[0]
             leaves = jax.tree.leaves(output)
@@ -352,6 +363,7 @@ class KVCache:
 
     def landed(self, moves: Moves) -> None:
         """The step, and with it all before, is done on every device: for engines that have no array to ask."""
+        self._matched = None
         self._check_in_flight(moves)
         while self._in_flight and self._in_flight[0][0].step <= moves.step:
             self._in_flight.popleft()
@@ -361,6 +373,7 @@ class KVCache:
         """The step failed when it ran. Waits for all steps that were dispatched. Nothing that it or a later one wrote
         is ever matched, nor anything in the device pool; all sequences that are admitted have lost their pages and are
         to be admitted again."""
+        self._matched = None
         self._check_in_flight(moves)
         for _, output in self._in_flight:
             for leaf in jax.tree.leaves(output):
@@ -381,6 +394,7 @@ class KVCache:
     def reset(self, version: str | bytes) -> None:
         """Nothing that was computed before is ever matched again: the weights have changed. Sequences that are admitted
         keep their pages until they are released."""
+        self._matched = None
         root_key(version)
         self._version = version
         if self._saving is not None:
@@ -392,6 +406,7 @@ class KVCache:
     def close(self, flush: float = 0) -> None:
         """Ends what is under way. With `flush`, puts what the host pool has and the stores have not, as far as it gets
         in so many seconds. Whoever closes the stores behind that waits for what is left. Idempotent."""
+        self._matched = None
         if self._saving is None:
             return
         saving, deadline = self._saving, time.monotonic() + flush
@@ -412,6 +427,13 @@ class KVCache:
             self._saving.end(lease)
 
     def _match(self, seq: Sequence) -> list[int]:
+        """The entries of the pages that need not be computed. What was found last is so until a call changes
+        something."""
+        if self._matched is None or self._matched[0] is not seq:
+            self._matched = seq, self._look_up(seq)
+        return [*self._matched[1]]
+
+    def _look_up(self, seq: Sequence) -> list[int]:
         seq._set_version(self._version)
         limit = self._matchable(seq)
         entries = self._tiers.index.match(seq._root, seq._keys_of(limit), seq._by_page(limit))

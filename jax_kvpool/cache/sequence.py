@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -106,14 +107,17 @@ class Sequence:
 
     def _keys_of(self, num_pages: int) -> Iterator[bytes]:
         """The keys of the first pages, each computed when it is asked for, once."""
-        yield from self._keys[:num_pages]
-        if (begin := len(self._keys)) < num_pages:
-            parent = self._keys[-1] if begin else self._root
-            data = self._tokens[begin * self._page_size : num_pages * self._page_size].tobytes()
-            extras = {page - begin: extra for page, extra in self._extras.items() if page >= begin}
-            for key in chain(parent, data, self._page_size, extras):
-                self._keys.append(key)
-                yield key
+        known = self._keys[:num_pages]
+        return itertools.chain(known, self._more_keys(num_pages)) if len(known) < num_pages else iter(known)
+
+    def _more_keys(self, num_pages: int) -> Iterator[bytes]:
+        begin, append = len(self._keys), self._keys.append
+        parent = self._keys[-1] if begin else self._root
+        data = self._tokens[begin * self._page_size : num_pages * self._page_size].tobytes()
+        extras = {page - begin: extra for page, extra in self._extras.items() if page >= begin}
+        for key in chain(parent, data, self._page_size, extras):
+            append(key)
+            yield key
 
     def _all_keys(self, num_pages: int) -> list[bytes]:
         """The keys of the first pages, and maybe of more."""
