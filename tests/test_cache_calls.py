@@ -10,7 +10,7 @@ from cache_engine import PAGE, SPEC, Engine, Output
 from jax.sharding import Mesh
 
 from jax_kvpool import DevicePool, HostPool, PageSpec, copy_pages, load, store
-from jax_kvpool.cache import KVCache, Matched
+from jax_kvpool.cache import KVCache, Matched, page_keys
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
@@ -335,3 +335,31 @@ def test_an_engine_that_is_two_steps_behind():
     assert len(engine.in_flight) == 3
     engine.land(3)
     engine.check()
+
+
+def test_events_tell_routers_what_is_where():
+    events = []
+    cache = new_cache(num_device=3, ahead=0, on_event=lambda *event: events.append(event))
+    cache.release(computed(cache, TOKENS))
+    keys = [*page_keys(TOKENS, PAGE)]
+    assert events == [("stored", "device", key) for key in keys]
+    del events[:]
+    cache.release(computed(cache, 100 + TOKENS))  # from the prompt's end on
+    assert [event for event in events if event[2] in keys] == [
+        *(("stored", "host", key) for key in reversed(keys)),
+        *(("removed", "device", key) for key in reversed(keys)),
+    ]
+
+
+def test_metrics_for_prometheus():
+    prometheus_client = pytest.importorskip("prometheus_client")
+    from jax_kvpool.cache.prometheus import Collector
+
+    cache = new_cache()
+    computed(cache, TOKENS)
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(Collector(cache))
+    computed(cache, TOKENS)
+    assert registry.get_sample_value("jax_kvpool_requests_total") == 2
+    assert registry.get_sample_value("jax_kvpool_hits_total", {"tier": "device"}) == 8
+    assert registry.get_sample_value("jax_kvpool_occupancy", {"tier": "device"}) == pytest.approx(4 / 6)

@@ -98,7 +98,7 @@ class Index:
         self._unused.extend(entries)
 
     def key(self, entry: int) -> bytes:
-        return self._keys[entry].tobytes()
+        return bytes(self._keys[entry])
 
     def entries(self) -> list[int]:
         """All that keys find."""

@@ -403,6 +403,14 @@ class KVCache:
         for seq in self._running:
             seq._is_indexed = False
 
+    def occupancy(self) -> dict[str, float]:
+        """The share of each pool's pages that are not free: held by sequences, or cached."""
+        free, num = self._tiers.free_device, self._tiers.free_device.num_pages
+        occupancy = {"device": 1 - free.num_free / num}
+        if self._host is not None:
+            occupancy["host"] = 1 - self._tiers.num_free_host / self._host.num_pages
+        return occupancy
+
     def close(self, flush: float = 0) -> None:
         """Ends what is under way. With `flush`, puts what the host pool has and the stores have not, as far as it gets
         in so many seconds. Whoever closes the stores behind that waits for what is left. Idempotent."""

@@ -75,8 +75,8 @@ class Replayed:
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
     """The requests of a trace, compressed (.gz, .xz) or plain."""
-    open_file: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with open_file(path, "rt") as lines:
+    compressed: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    with compressed.get(path.suffix, open)(path, "rt") as lines:
         return [json.loads(line) for line in lines if line.strip()]
 
 
