@@ -351,6 +351,24 @@ def test_events_tell_routers_what_is_where():
     ]
 
 
+@pytest.mark.parametrize("end", ["reset", "failed"])
+def test_events_of_what_goes_all_at_once(end):
+    where = set()
+    cache = new_cache(
+        num_device=3,
+        ahead=0,
+        on_event=lambda what, tier, key: (where.add if what == "stored" else where.remove)((tier, key)),
+    )
+    cache.release(computed(cache, TOKENS))
+    computed(cache, 100 + TOKENS)
+    assert {tier for tier, _ in where} == {"device", "host"}
+    if end == "reset":
+        cache.reset("other weights")
+    else:
+        cache.failed(cache._in_flight[0][0])
+    assert not where
+
+
 def test_metrics_for_prometheus():
     prometheus_client = pytest.importorskip("prometheus_client")
     from jax_kvpool.cache.prometheus import Collector

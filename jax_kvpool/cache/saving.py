@@ -134,14 +134,16 @@ class Saving:
         tiers.to_save.clear()
         room = self._max_pages - sum(len(call.pages) for call, _ in self._puts)
         while self._cold and room > 0 and not self._puts:
-            batch, later = dict[tuple[int, int], None](), dict[tuple[int, int], None]()  # none twice
+            batch = dict[tuple[int, int], None]()  # none twice
             while self._cold and len(batch) < min(room, _PAGES_PER_CALL):
                 entry, serial = self._cold.popleft()
                 page = tiers.host_page[entry]
                 if tiers.index.serial[entry] != serial or page < 0 or tiers.is_saved[entry] or page in tiers.held:
                     continue
-                (batch if tiers.stored[page] <= tiers.landed else later)[entry, serial] = None
-            self._cold.extend(later)
+                if tiers.stored[page] > tiers.landed:
+                    self._cold.appendleft((entry, serial))  # it will be soon
+                    break
+                batch[entry, serial] = None
             if not batch:
                 return
             entries = [entry for entry, _ in batch]

@@ -205,6 +205,8 @@ class Tiers:
         has_copy = (np.array(self.device_page) >= 0) | (np.array(self.host_page) >= 0)
         for entry in np.flatnonzero(has_copy).tolist():
             self.pins[entry] = 0
+            if self.index.serial[entry] and self.device_page[entry] >= 0:
+                self.tell("removed", "device", [entry])
             self.device.discard([entry])
             self.device_page[entry] = -1
             page = self.host_page[entry]
@@ -217,7 +219,9 @@ class Tiers:
     def reset(self) -> None:
         """Nothing that is known now is ever found again; what sequences hold stays until they release it."""
         entries = self.index.entries()
-        self.index.hide([entry for entry in entries if self.pins[entry]])
+        held = [entry for entry in entries if self.pins[entry]]
+        self._tell_that_all_copies_go(held)
+        self.index.hide(held)
         self._drop([entry for entry in entries if not self.pins[entry]])
 
     # ---- the host pool ----
@@ -358,6 +362,10 @@ class Tiers:
             for entry in entries:
                 self.metrics.on_event(what, tier, self.index.key(entry))
 
+    def _tell_that_all_copies_go(self, entries: list[int]) -> None:
+        for tier, pages in (("device", self.device_page), ("host", self.host_page)):
+            self.tell("removed", tier, [entry for entry in entries if pages[entry] >= 0])
+
     def _drop_loads(self, entries: list[int]) -> None:
         """Nothing comes into the device pages of these entries any more, and nobody waits for it."""
         for entry in entries:
@@ -366,6 +374,7 @@ class Tiers:
 
     def _drop(self, entries: list[int]) -> None:
         """Frees all copies of entries that nobody holds."""
+        self._tell_that_all_copies_go([entry for entry in entries if self.index.serial[entry]])
         for entry in entries:
             self.loading.pop(entry, None)
             if self.host_page[entry] >= 0:
