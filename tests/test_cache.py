@@ -6,6 +6,8 @@ import random
 import numpy as np
 import pytest
 from cache_engine import Engine, VirtualStore, stored_pages
+from hypothesis import settings, stateful
+from hypothesis import strategies as st
 
 from jax_kvpool.cache import KVCache, Sequence, saving
 from jax_kvpool.cache.index import Index
@@ -122,13 +124,29 @@ class RandomRun:
         return self.hits
 
 
-@pytest.mark.parametrize("seeds", [range(i, i + 100) for i in range(0, 3000, 100)], ids=str)
+@pytest.mark.parametrize("seeds", [range(i, i + 100) for i in range(0, 5000, 100)], ids=str)
 def test_random_runs(seeds):
     hits = {"device": 0, "host": 0, "store": 0}
     for seed in seeds:
         for tier, num in RandomRun(seed).run().items():
             hits[tier] += num
     assert all(hits.values()), hits
+
+
+class AnyRun(stateful.RuleBasedStateMachine):
+    """The same, with the actions that hypothesis chooses, and makes fewer when it finds a fault."""
+
+    @stateful.initialize(seed=st.integers(0, 10**6))
+    def begin(self, seed):
+        self.run = RandomRun(seed)
+
+    @stateful.rule(action=st.sampled_from([*ACTIONS]))
+    def act(self, action):
+        self.run.act(action)
+
+
+TestAnyRun = AnyRun.TestCase
+TestAnyRun.settings = settings(max_examples=100, stateful_step_count=100, deadline=None)
 
 
 # ---- faults that the random runs must find ----

@@ -1,6 +1,8 @@
 """`KVCache`: what its calls mean, one by one, and what is refused."""
 
 import re
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax_kvpool.cache import KVCache, Matched, page_keys
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
 from jax_kvpool.stores import FileStore, MemoryStore, Namespace
+from jax_kvpool.stores.memory import Fault
 
 TOKENS = np.arange(10, dtype=np.int32)
 
@@ -203,6 +206,37 @@ def test_a_step_of_a_real_engine(tmp_path):
     assert first.hits["device"] > 0 < first.hits["host"] and first.hits["store"] == 0 and first.saved == 9
     second = served()
     assert second.hits["store"] == 36 and second.fetched == 9 and not second.failures
+
+
+def test_a_get_that_hangs_is_a_miss_at_its_deadline():
+    """Its host page stays away from everybody until the get is over; then it is a page like any other."""
+    host, hangs = HostPool.create(SPEC, 8), threading.Event()
+    namespace = Namespace(host.spec, host.layout, "m")
+    with MemoryStore(namespace) as store:
+        records = [host.unchecked_record(page) for page in (0, 1)]
+        assert all(result.is_hit for result in store.put([*page_keys(TOKENS, PAGE)], records))
+        store.faults.append(Fault("get", before=hangs.wait))
+        cache = KVCache(DevicePool.create(SPEC, 6), host, stores=[store])
+        seq, begin = cache.open(TOKENS), time.monotonic()
+        cache.prefetch(seq, 0.1)
+        while cache.is_fetching(seq):
+            cache.poll()
+            time.sleep(1e-3)
+        assert time.monotonic() - begin < 5 and cache.metrics.late == 1
+        assert cache.admit(seq, 10) and seq.num_cached == 0
+        held = set(cache._tiers.held)
+        assert held and not held & set(cache._tiers._free_host)
+        hangs.set()
+        cache.release(seq)
+        assert eventually(lambda: (cache.poll(), cache.match(cache.open(TOKENS)).host)[1] > 0)
+        assert not cache._tiers.held
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 20
+    while not (is_true := condition()) and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    return is_true
 
 
 def test_a_store_that_is_closed_is_a_miss():
