@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from jax_kvpool._check import MAX_INT32, checked_int, int_array, is_within
 
-__all__ = ["TOKEN_BYTES", "chain", "extras_by_page", "page_keys", "root_key", "token_bytes"]
+__all__ = ["chain", "extras_by_page", "page_keys", "root_key", "token_array"]
 
 TOKEN_BYTES: Final = 4
 
@@ -57,7 +57,7 @@ def page_keys(
     Raises:
       TypeError, ValueError: of another type; tokens beyond int32; an offset outside of the tokens; a digest is empty.
     """
-    data = token_bytes("tokens", tokens)
+    data = token_array("tokens", tokens).tobytes()
     page_size = checked_int("page_size", page_size, 1)
     return chain(root_key(version, salt), data, page_size, extras_by_page(extras, page_size, len(data) // TOKEN_BYTES))
 
@@ -68,14 +68,14 @@ def root_key(version: str | bytes = b"", salt: bytes = b"") -> bytes:
     return hashlib.sha256(b"".join(map(_part, parts))).digest()
 
 
-def token_bytes(name: str, tokens: npt.ArrayLike) -> bytes:
-    """Tokens as int32 in little endian. Raises as `page_keys`, with the argument's `name`."""
+def token_array(name: str, tokens: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    """A copy of tokens, as int32 in little endian. Raises as `page_keys`, with the argument's `name`."""
     array = tokens if isinstance(tokens, np.ndarray) else int_array(name, tokens, "a list or a 1-D array of tokens")
     if array.dtype != np.int32 or array.ndim != 1:
         array = int_array(name, array, "a list or a 1-D array of tokens")
         if not is_within(array, -MAX_INT32 - 1, MAX_INT32):
             raise ValueError(f"{name}: expected tokens that int32 can hold, got {array.min()} to {array.max()}")
-    return array.astype("<i4").tobytes()
+    return array.astype("<i4")
 
 
 def chain(parent: bytes, data: bytes, page_size: int, extras: dict[int, bytes] | None = None) -> Iterator[bytes]:

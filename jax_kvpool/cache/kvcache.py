@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, checked_seconds, shown
-from jax_kvpool.cache.keys import TOKEN_BYTES, extras_by_page, root_key, token_bytes
+from jax_kvpool.cache.keys import extras_by_page, root_key, token_array
 from jax_kvpool.cache.metrics import Event, Metrics
 from jax_kvpool.cache.saving import Lease, Saving
 from jax_kvpool.cache.sequence import Matched, Moves, Sequence
@@ -122,12 +122,12 @@ class KVCache:
     def open(self, tokens: npt.ArrayLike, *, salt: bytes = b"", extras: Iterable[tuple[int, bytes]] = ()) -> Sequence:
         """A sequence of these tokens, at least one; nothing is held for it yet. `tokens`, `salt`, `extras`: as in
         `page_keys`."""
-        data = token_bytes("tokens", tokens)
-        if not data:
+        array = token_array("tokens", tokens)
+        if not array.size:
             raise ValueError("tokens: expected at least one, got none")
-        of_pages = extras_by_page(extras, self._page_size, len(data) // TOKEN_BYTES)
+        of_pages = extras_by_page(extras, self._page_size, array.size)
         root_key(b"", salt)  # raises if it is no salt
-        return Sequence(data, self._page_size, bytes(salt), of_pages)
+        return Sequence(array, self._page_size, bytes(salt), of_pages)
 
     def match(self, seq: Sequence) -> Matched:
         """How many tokens need not be computed if it were admitted now; never all of them."""
@@ -239,7 +239,7 @@ class KVCache:
         """
         self._matched = None
         self._check_admitted(seq)
-        data = np.frombuffer(token_bytes("tokens", tokens), "<i4").astype(np.int32)
+        data = token_array("tokens", tokens)
         begin, end = seq.num_committed, seq.num_committed + data.size
         if end > seq._num_pages * self._page_size:
             raise ValueError(
@@ -269,9 +269,8 @@ class KVCache:
         if pages is None:
             tiers.unpin(seq._entries)
             return None
-        child = Sequence(b"", self._page_size, seq._salt, seq._extras)
+        child = Sequence(seq.tokens[: seq.num_committed].copy(), self._page_size, seq._salt, seq._extras)
         child._version, child._root = seq._version, seq._root
-        child._append_tokens(seq._tokens[: seq.num_committed])
         child._keys = seq._keys[: seq.num_committed // self._page_size]
         child._entries, child._is_indexed = [*seq._entries], seq._is_indexed
         child._append_pages([tiers.device_page[entry] for entry in seq._entries] + pages)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jax_kvpool.cache.keys import TOKEN_BYTES, chain, root_key
+from jax_kvpool.cache.keys import chain, root_key
 
 __all__ = ["Matched", "Moves", "Sequence"]
 
@@ -65,12 +65,12 @@ class Sequence:
       is_admitted: whether it has pages.
     """
 
-    def __init__(self, data: bytes, page_size: int, salt: bytes, extras: dict[int, bytes]) -> None:
+    def __init__(self, tokens: npt.NDArray[np.int32], page_size: int, salt: bytes, extras: dict[int, bytes]) -> None:
         self.num_cached = 0
         self.num_committed = 0
         self.is_admitted = False
         self._page_size = page_size
-        self._tokens = np.frombuffer(data, "<i4").astype(np.int32)  # grows with what is committed
+        self._tokens = tokens  # its own; grows with what is committed
         self._num_known = self._tokens.size
         self._salt, self._extras = salt, extras
         self._version: str | bytes | None = None  # that the root and the keys are of
@@ -140,6 +140,3 @@ class Sequence:
             self._table = np.concatenate([self._table[: self._num_pages], np.empty(end, np.int32)])
         self._table[self._num_pages : end] = pages
         self._num_pages = end
-
-
-assert np.dtype(np.int32).itemsize == TOKEN_BYTES

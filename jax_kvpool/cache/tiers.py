@@ -303,7 +303,7 @@ class Tiers:
         if self.loading:
             for entry in entries:
                 self.loading.pop(entry, None)
-        self.free_device.free(pages)
+        self.free_device.free(np.array(pages, np.int32))
         self.index.remove(lost)
         self.metrics.evicted["device"] += num
         self.metrics.unused["device"] += sum(self._uses[entry] < 2 for entry in entries)
@@ -384,7 +384,7 @@ class Tiers:
 
     def _free_device_pages(self, entries: list[int]) -> None:
         self.device.discard(entries)
-        self.free_device.free([self.device_page[entry] for entry in entries])
+        self.free_device.free(np.array([self.device_page[entry] for entry in entries], np.int32))
         for entry in entries:
             self.device_page[entry] = -1
 
