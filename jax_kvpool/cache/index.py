@@ -33,7 +33,7 @@ class Index:
         self._keys = np.zeros((capacity, _KEY_BYTES), np.uint8)
         self._by_key: list[dict[bytes, int]] = [{} for _ in range(256)]
         self._unused = array("i", range(capacity - 1, -1, -1))
-        self._next_serial = 1
+        self._last_serial = 0
         self.num_pages = 0
 
     def match(self, root: bytes, keys: Iterable[bytes], tokens: npt.NDArray[np.int32]) -> list[int]:
@@ -63,20 +63,22 @@ class Index:
         """
         entries, new, rows = list[int](), list[int](), list[int]()
         by_key, serials, parents, unused = self._by_key, self.serial, self._parent_serial, self._unused
+        serial = self._last_serial
         before = _serial_of_root(parent) if isinstance(parent, bytes) else serials[parent]
         for row, key in enumerate(keys):
             of_byte = by_key[key[0]]
             entry = of_byte.get(key, -1)
             if entry < 0:
                 entry = of_byte[key] = unused.pop()
-                parents[entry], serials[entry] = before, self._next_serial
-                self._next_serial += 1
+                parents[entry] = before
+                serials[entry] = serial = serial + 1
                 new.append(entry)
                 rows.append(row)
             elif parents[entry] != before or not np.array_equal(self.tokens[entry], tokens[row]):
                 break
             entries.append(entry)
             before = serials[entry]
+        self._last_serial = serial
         if new:
             self.tokens[new] = tokens[rows]
             self._keys[new] = np.frombuffer(b"".join([keys[row] for row in rows]), np.uint8).reshape(-1, _KEY_BYTES)

@@ -490,7 +490,7 @@ class KVCache:
             if pending[key] > 1:
                 pending[key] -= 1
             else:
-                del pending[key]
+                pending.pop(key)  # `del` is slow: a Counter's is Python
         seq._pending = max(begin, min(num_pages, end)), end
 
     def _take_for_copies(self, num: int) -> list[int] | None:
