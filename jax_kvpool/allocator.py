@@ -46,7 +46,7 @@ class PageAllocator:
         self._is_free = np.ones(num_pages, bool)
         self._places = np.zeros(num_pages, np.int32)  # scratch of free
         self._generations = np.zeros(num_pages, np.int64)
-        self.reserved: Final = tuple(sorted({*self._ids(reserved).tolist()}))
+        self.reserved: Final = tuple(sorted({*self._ids(reserved, "reserved").tolist()}))
         if self.reserved:
             self.allocate(num_pages)
             self.free([page for page in range(num_pages) if page not in self.reserved])
@@ -97,8 +97,8 @@ class PageAllocator:
         if stale.size:
             raise StalePageError(f"pages: {stale.tolist()} were freed since")
 
-    def _ids(self, pages: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        ids = int_array("pages", pages, "a list or a 1-D array of page ids")
+    def _ids(self, pages: npt.ArrayLike, name: str = "pages") -> npt.NDArray[np.int32]:
+        ids = int_array(name, pages, "a list or a 1-D array of page ids")
         if not is_within(ids, 0, self.num_pages - 1):
-            raise IndexError(f"pages: expected ids from 0 to {self.num_pages - 1}, got {ids.tolist()}")
+            raise IndexError(f"{name}: expected ids from 0 to {self.num_pages - 1}, got {ids.tolist()}")
         return ids.astype(np.int32)

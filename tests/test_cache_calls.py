@@ -348,7 +348,7 @@ MISTAKES = {
         "stores: expected one for each shard of the host pool, 1, g",
     ),
     "more than all ahead": (lambda c: new_cache(ahead=5), "ahead: expected a number of 0 to 1, got 5"),
-    "reserved pages that are not there": (lambda c: new_cache(reserved=[99]), "pages: expected ids from 0 to 5"),
+    "reserved pages that are not there": (lambda c: new_cache(reserved=[99]), "reserved: expected ids from 0 to 5"),
 }
 
 
@@ -357,6 +357,36 @@ def test_a_mistake_gets_a_sentence(mistake):
     make, sentence = MISTAKES[mistake]
     with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=re.escape(sentence)):
         make(new_cache())
+
+
+NUMBERS = {
+    "num_tokens": lambda n: (lambda cache: cache.admit(cache.open(TOKENS), n))(new_cache()),
+    "num_tokens of grow": lambda n: (lambda cache: cache.grow(admitted(cache), n))(new_cache()),
+    "min_pages": lambda n: new_cache(min_pages=n)._min_pages,
+    "max_loads": lambda n: new_cache(max_loads=n)._max_loads,
+    "tokens": lambda n: new_cache().open([1, n]).tokens.tolist(),
+    "tokens of commit": lambda n: (lambda cache: cache.commit(admitted(cache), [0, 1, 2, n]))(new_cache()),
+}
+
+
+@pytest.mark.parametrize("door", NUMBERS)
+def test_numbers_of_any_kind(door):
+    call = NUMBERS[door]
+    expected = repr(call(3))
+    for same in (np.int32(3), np.uint8(3), np.int64(3), np.array(3), jnp.int32(3)):
+        assert repr(call(same)) == expected
+    for wrong in (3.0, True, "3", None, np.float32(3)):
+        with pytest.raises(TypeError, match=f"^{door.split()[0]}: expected"):
+            call(wrong)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), True, "1"])
+def test_times_that_are_none(seconds):
+    cache = new_cache()
+    with pytest.raises((ValueError, TypeError), match=r"^flush: expected"):
+        cache.close(flush=seconds)
+    with pytest.raises((ValueError, TypeError), match=r"^seconds: expected"):
+        cache.prefetch(cache.open(TOKENS), seconds)
 
 
 def test_an_engine_that_is_two_steps_behind():

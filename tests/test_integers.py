@@ -28,6 +28,7 @@ from jax_kvpool import (
     Slab,
     Tuning,
     _cpu,
+    copy_pages,
     host_ids,
     load,
     memory,
@@ -168,6 +169,13 @@ def copied(op, device_pages=(1,), host_pages=(1,), **options):
     return [np.asarray(a).tobytes() for a in pool.flat_arrays()], host.memories[0].view().tobytes()
 
 
+def copied_inside(sources, targets):
+    """The device pool after copies; every page had its number in it."""
+    pool = DevicePool.create(SPEC, 5)
+    arrays = [jnp.arange(5).reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype) + a for a in pool.flat_arrays()]
+    return [np.asarray(a).tobytes() for a in copy_pages(pool.with_flat_arrays(arrays), sources, targets).flat_arrays()]
+
+
 def program(op, **options):
     """A load or a store as a program, where its numbers can be read."""
     pools = DevicePool.create(SPEC, 5), HostPool.create(SPEC, 6)
@@ -286,6 +294,7 @@ DOORS = {
     ),
     "HostMemory.id_buffers(buffer_bytes)": Door(lambda n: with_memory(100, lambda host: num_buffers(host, n)), 16),
     "PageAllocator(num_pages)": Door(lambda n: ((pages := PageAllocator(n)).allocate(2).tolist(), pages.num_free)),
+    "PageAllocator(reserved)": Door(lambda n: PageAllocator(8, reserved=[1, n]).reserved),
     "PageAllocator.allocate(num)": Door(lambda n: allocator("allocate", n)),
     "PageAllocator.free(pages)": Door(lambda n: allocator("free", [1, n])),
     "PageAllocator.free(generations)": Door(lambda n: allocator("free", [3], [n]), 1),
@@ -299,6 +308,8 @@ DOORS = {
         f"{op.__name__}(max_blocks)": Door(lambda n, op=op: program(op, max_blocks=n), takes=(None,))
         for op in (load, store)
     },
+    "copy_pages(sources)": Door(lambda n: copied_inside([1, n], [0, 2])),
+    "copy_pages(targets)": Door(lambda n: copied_inside([0, 2], [1, n])),
     "page_status(device_pages)": Door(lambda n: status([1, n], [1, 2])),
     "page_status(host_pages)": Door(lambda n: status([1, 2], [1, n])),
     "run_layers(load)": Door(lambda n: program_of_layers(load=([1], [n])), name=r"load\[1\]"),

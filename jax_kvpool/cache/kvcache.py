@@ -414,6 +414,7 @@ class KVCache:
         """Ends what is under way. With `flush`, puts what the host pool has and the stores have not, as far as it gets
         in so many seconds. Whoever closes the stores behind that waits for what is left. Idempotent."""
         self._matched = None
+        flush = flush and checked_seconds("flush", flush)
         if self._saving is None:
             return
         saving, deadline = self._saving, time.monotonic() + flush
