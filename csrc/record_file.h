@@ -43,8 +43,8 @@ FileResult StatRecord(const std::string& path);
 FileResult ReadRecord(const std::string& path, std::span<char> record, bool is_direct);
 
 // Makes an empty file and locks it: what is not locked was left behind by somebody who died. EEXIST: `path` is a
-// regular file of `bytes` bytes, so there is no need for one, and it is marked as used just now. ESTALE: another name, please, since this one is taken, or
-// somebody who cleans took it for left behind before the lock.
+// regular file of `bytes` bytes, so there is no need for one, and it is marked as used just now. ESTALE: another name,
+// please, since this one is taken, or somebody who cleans took it for left behind before the lock.
 FileResult CreateRecord(const std::string& temporary, const std::string& path, int64_t bytes);
 
 // Writes `record` to a file of CreateRecord, flushes it if `sync`, and gives it the name `path`; then its temporary
