@@ -44,8 +44,9 @@ class PageAllocator:
         # A stack: the free pages are _stack[:num_free], page 0 on top at first.
         self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
         self._is_free = np.ones(num_pages, bool)
-        self._places = np.zeros(num_pages, np.int32)  # scratch of free
-        self._generations = np.zeros(num_pages, np.int64)
+        # Not zeros, whose memory comes when it is first touched: 5 ms for each huge page, in the midst of a call.
+        self._places = np.full(num_pages, 0, np.int32)  # scratch of free
+        self._generations = np.full(num_pages, 0, np.int64)
         self.reserved: Final = tuple(sorted({*self._ids(reserved, "reserved").tolist()}))
         if self.reserved:
             self.allocate(num_pages)

@@ -27,10 +27,11 @@ class Index:
     """
 
     def __init__(self, capacity: int, page_size: int) -> None:
-        self.tokens = np.zeros((capacity, page_size), np.int32)
+        # Not zeros, whose memory comes when it is first touched: 5 ms for each huge page, in the midst of a call.
+        self.tokens = np.full((capacity, page_size), 0, np.int32)
         self.serial = array("q", bytes(8 * capacity))  # 0: of a page that no key finds (any more)
         self._parent_serial = array("q", bytes(8 * capacity))
-        self._keys = np.zeros((capacity, _KEY_BYTES), np.uint8)
+        self._keys = np.full((capacity, _KEY_BYTES), 0, np.uint8)
         self._by_key: list[dict[bytes, int]] = [{} for _ in range(256)]
         self._unused = array("i", range(capacity - 1, -1, -1))
         self._last_serial = 0
