@@ -36,6 +36,7 @@ class ModelConfig:
     prefill_tokens: int  # the T of a prefill step
     # Attention reads so many past tokens at once: its scores take B * heads * T * so many floats, whatever the context.
     keys_at_a_time: int
+    flash_prefill: bool = False  # by cuDNN: on NVIDIA GPUs, bfloat16; three times as fast on an H100
     rms_epsilon: float = 1e-5
 
     @property
@@ -49,7 +50,7 @@ class ModelConfig:
 
 MODELS = {
     "tiny": ModelConfig(128, 4, 4, 2, 384, 512, 10_000.0, "float32", 128, keys_at_a_time=512),
-    "8b": ModelConfig(4096, 32, 32, 8, 14_336, 128_256, 500_000.0, "bfloat16", 512, keys_at_a_time=2048),
+    "8b": ModelConfig(4096, 32, 32, 8, 14_336, 128_256, 500_000.0, "bfloat16", 512, 2048, flash_prefill=True),
 }
 
 
@@ -175,7 +176,10 @@ def forward(
     # Padding must write nowhere; a -1 would wrap round to the last page.
     written = jnp.where(jnp.arange(num_new) < lengths[:, None], written, device.num_pages)
     rotate = _rope(config, positions)
-    attend = _paged_attention(positions, lengths, page_tables, page_size, config.keys_at_a_time)
+    if config.flash_prefill and num_new > 1:
+        attend = _flash_attention(positions, lengths, page_tables, page_size)
+    else:
+        attend = _paged_attention(positions, lengths, page_tables, page_size, config.keys_at_a_time)
 
     def layer(carry: Any, weights: Params) -> tuple[Any, None]:
         x, k_pool, v_pool, index = carry
@@ -217,6 +221,27 @@ def _rope(config: ModelConfig, positions: jax.Array) -> Callable[[jax.Array], ja
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
     return rotate
+
+
+def _flash_attention(
+    positions: jax.Array, lengths: jax.Array, page_tables: jax.Array, page_size: int
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """As `_paged_attention`, by cuDNN, over a copy of all the pages of the table. It computes no further than the
+    sequences go, so what a short one costs in a wide table is the copy."""
+    tables = jnp.maximum(page_tables, 0)
+    at = jnp.arange(page_tables.shape[1] * page_size, dtype=jnp.int32)
+    # One for all layers. Its own causal mask would have the first query see the first key alone.
+    bias = jnp.where(at <= positions[:, :, None], 0.0, -1e30).astype(jnp.bfloat16)[:, None]
+
+    def attend(q: jax.Array, k_pool: jax.Array, v_pool: jax.Array, layer: jax.Array) -> jax.Array:
+        k, v = (pool[layer, tables].reshape(q.shape[0], -1, *pool.shape[-2:]) for pool in (k_pool, v_pool))
+        last = positions[:, 0] + lengths
+        mixed = jax.nn.dot_product_attention(
+            q, k, v, bias, key_value_seq_lengths=jnp.maximum(last, 1), implementation="cudnn"
+        )
+        return mixed.reshape(*q.shape[:2], -1)
+
+    return attend
 
 
 def _paged_attention(

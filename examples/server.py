@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ from jax_kvpool.cache import Sequence as CachedSequence
 
 MAX_RUNNING = 8
 """Sequences of a decode step."""
+NUM_PREFETCHING = 4
+"""Waiting requests whose pages come from the stores meanwhile."""
 
 Pages = Sequence[int] | np.ndarray
 
@@ -45,15 +48,16 @@ class Batch(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def step(
-    config: ModelConfig, params: Params, device: DevicePool, host: HostPool, batch: Batch, moves: Moves
+    config: ModelConfig, params: Params, device: DevicePool, host: HostPool | None, batch: Batch, moves: Moves
 ) -> tuple[jax.Array, jax.Array, DevicePool]:
     """Moves pages, then computes new tokens.
 
     Returns the logits (B, vocab), the likeliest tokens, int32 (B,), and the device pool, which is donated.
     """
     device = copy_pages(device, *moves.copies)
-    device = store(device, host, *moves.stores)
-    device = load(device, host, *moves.loads)
+    if host is not None:
+        device = store(device, host, *moves.stores)
+        device = load(device, host, *moves.loads)
     logits, device = forward(config, params, device, *batch)
     return logits, jnp.argmax(logits, axis=-1).astype(jnp.int32), device
 
@@ -92,8 +96,9 @@ class Request:
 class Server:
     """Prefills a request as soon as there is room for it, else decodes all that run. Greedy.
 
-    `max_request_pages`: pages of the longest request, output included; the width of the page tables. `open_stores`: of
-    the host pool, one a shard. `options`: of the `KVCache`.
+    `max_request_pages`: pages of the longest request, output included; the width of the page tables. `host_pages`: 0
+    for no host pool. `open_stores`: of the host pool, one a shard; a request waits for them at most `store_seconds`.
+    `options`: of the `KVCache`.
     """
 
     def __init__(
@@ -106,19 +111,27 @@ class Server:
         host_pages: int,
         *,
         open_stores: Callable[[HostPool], Sequence[Any]] = lambda host: (),
+        store_seconds: float = 0.0,
         **options: Any,
     ) -> None:
         spec = config.page_spec(page_size)
         self.config, self.params = config, params
         self.page_size, self.max_request_pages = page_size, max_request_pages
         self.device = DevicePool.create(spec, device_pages, "stacked")
-        self.host = HostPool.create(spec, host_pages)
-        self.stores = open_stores(self.host)
+        self.host = HostPool.create(spec, host_pages) if host_pages else None
+        self.stores = open_stores(self.host) if self.host else ()
+        self.store_seconds = store_seconds
         # All that a sequence has to load comes with its first step.
         self.options = {"stores": self.stores, "max_loads": device_pages} | options
         self.cache = KVCache(self.device, self.host, **self.options)
         for num_new in (config.prefill_tokens, 1):  # compiles both kinds of step
             self.step([], num_new)
+
+    def compile_all(self) -> None:
+        """Else programs that move pages are compiled when they are needed first."""
+        for moves in self.cache.blank_moves():
+            for num_new in (self.config.prefill_tokens, 1):
+                self._call(self._batch([], num_new), moves)
 
     def run(
         self, requests: Sequence[Request], progress: Callable[[], Any] = lambda: None, seconds: float = math.inf
@@ -132,10 +145,15 @@ class Server:
         while waiting or running:
             if time.perf_counter() >= end:
                 waiting.clear()
+            for request in itertools.islice(waiting, NUM_PREFETCHING):
+                self._open(request)
             if waiting and len(running) < MAX_RUNNING and self._start(waiting[0]):
                 running.append(waiting.popleft())
             elif running:
                 self._decode(running)
+            elif waiting and self.cache.is_fetching(waiting[0].seq):
+                time.sleep(1e-3)
+                self.cache.poll()
             elif waiting:
                 raise OutOfPagesError(f"{waiting[0].num_tokens} tokens: more than the device pool has pages for")
             for request in [r for r in running if len(r.output) == r.num_output]:
@@ -159,10 +177,15 @@ class Server:
     def on_finished(self, request: Request) -> None:
         """It has its output, and no pages any more."""
 
+    def _open(self, request: Request) -> None:
+        if request.seq is None:
+            request.seq = self.cache.open(request.prompt, salt=request.salt)
+            if self.store_seconds:
+                self.cache.prefetch(request.seq, self.store_seconds)
+
     def _start(self, request: Request) -> bool:
-        """Computes the first token of a request, or returns False if there is not enough room."""
-        request.seq = request.seq or self.cache.open(request.prompt, salt=request.salt)
-        if not self.cache.admit(request.seq, request.num_tokens):
+        """Computes the first token of a request, or returns False if it waits for a store, or for room."""
+        if self.cache.is_fetching(request.seq) or not self.cache.admit(request.seq, request.num_tokens):
             return False
         request.num_cached = request.seq.num_cached
         self.on_starting(request)
@@ -195,21 +218,10 @@ class Server:
         """Runs a step for rows of `(new tokens, position of the first, sequence)`, and waits for it.
 
         `commits`: others may use what it has computed."""
-        size = 1 if num_new > 1 else MAX_RUNNING
-        batch = Batch(
-            np.zeros((size, num_new), np.int32),
-            np.zeros(size, np.int32),
-            np.zeros(size, np.int32),
-            np.full((size, self.max_request_pages), -1, np.int32),
-        )
-        for i, (tokens, start, seq) in enumerate(rows):
-            batch.tokens[i, : len(tokens)] = tokens
-            batch.starts[i], batch.lengths[i] = start, len(tokens)
-            batch.page_tables[i, : len(seq.pages)] = seq.pages
-        moves = self.cache.step()
+        batch, moves = self._batch(rows, num_new), self.cache.step()
         begin = time.perf_counter()
         try:
-            logits, next_tokens, self.device = step(self.config, self.params, self.device, self.host, batch, moves)
+            logits, next_tokens = self._call(batch, moves)
         except BaseException:
             self.cache.cancelled(moves)
             raise
@@ -222,3 +234,21 @@ class Server:
             self.cache.commit(seq, tokens)
             self.on_committed(seq.pages[start // self.page_size : (start + len(tokens)) // self.page_size])
         return Computed(logits, next_tokens[: len(rows)], seconds)
+
+    def _batch(self, rows: Sequence[tuple[Any, int, Any]], num_new: int) -> Batch:
+        size = 1 if num_new > 1 else MAX_RUNNING
+        batch = Batch(
+            np.zeros((size, num_new), np.int32),
+            np.zeros(size, np.int32),
+            np.zeros(size, np.int32),
+            np.full((size, self.max_request_pages), -1, np.int32),
+        )
+        for i, (tokens, start, seq) in enumerate(rows):
+            batch.tokens[i, : len(tokens)] = tokens
+            batch.starts[i], batch.lengths[i] = start, len(tokens)
+            batch.page_tables[i, : len(seq.pages)] = seq.pages
+        return batch
+
+    def _call(self, batch: Batch, moves: Moves) -> tuple[jax.Array, jax.Array]:
+        logits, next_tokens, self.device = step(self.config, self.params, self.device, self.host, batch, moves)
+        return logits, next_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import jax
@@ -109,6 +109,7 @@ class KVCache:
         self._min_pages = checked_int("min_pages", min_pages, 1)
         self._max_loads = checked_int("max_loads", max_loads, 1, MAX_INT32)
         self._make_ids = make_ids
+        self._blank_ids: dict[int, tuple[Any, Any]] = {}  # of no page, which most steps have
         self._version = version
         root_key(version)  # raises if it is none
         self._moves: Moves | None = None  # closed, and neither dispatched nor cancelled
@@ -313,6 +314,13 @@ class KVCache:
         self._moves = Moves(arrays[0], arrays[1], arrays[2], plan.step, len(copies), len(plan.stores), len(loads))
         return self._moves
 
+    def blank_moves(self) -> Iterator[Moves]:
+        """Plans of no page, one of each form that `step` can return while there are no forks, to compile the engine's
+        programs before they are needed. They are no steps: tell nothing of them."""
+        num_most = max(self._tiers.free_device.num_pages, self._max_loads)
+        for size in sorted({_size_of(num) for num in range(num_most + 1)}) if self._host is not None else (0,):
+            yield Moves(*(self._ids([], n) for n in (0, size, size)))
+
     def dispatched(self, moves: Moves, output: Any = None) -> None:
         """The step was called, so its moves come before those of all later ones.
 
@@ -514,10 +522,15 @@ class KVCache:
         seq._entries, seq._num_pages = [], 0
 
     def _ids(self, pairs: list[tuple[int, int]], size: int) -> tuple[Any, Any]:
+        if not pairs and size in self._blank_ids:
+            return self._blank_ids[size]
         ids = np.full((2, size), -1, np.int32)
         if pairs:
             ids[:, : len(pairs)] = np.array(pairs, np.int32).T
-        return self._make_ids(ids[0].copy()), self._make_ids(ids[1].copy())
+        made = self._make_ids(ids[0].copy()), self._make_ids(ids[1].copy())
+        if not pairs:
+            self._blank_ids[size] = made
+        return made
 
     def _checked_tokens(self, seq: Sequence, num_tokens: int) -> int:
         return checked_int("num_tokens", num_tokens, 1, MAX_INT32)

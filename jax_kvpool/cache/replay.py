@@ -128,6 +128,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned text."""
 
     def text(value: Any) -> str:
+        if isinstance(value, str):
+            return value
         return f"{value:.4f}" if isinstance(value, float) and value < 1 else f"{value:,.0f}"
 
     lines = [list(rows[0]), *([text(value) for value in row.values()] for row in rows)]
