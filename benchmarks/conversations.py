@@ -5,13 +5,13 @@
 
 One conversation in 60 of the conversation trace, in its order and at full length, outputs cut at 32 tokens; Llama 3
 8B's shape with random weights, pages of 512 tokens (64 MiB). The same requests with the device pool alone, with a host
-pool, and with a `FileStore` behind that. The device pool alone goes first, until its time is over; the others serve as many
-requests as it did. Before anything is reported, the logits of each request's first token are compared with those of the
-first way.
+pool, and with a `FileStore` behind that. The device pool alone goes first, until its time is over; the others serve as
+many requests as it did. Before anything is reported, the logits of each request's first token are compared with those
+of the first way.
 
 The time to the first token is that from a request's first step on, or, if it waits for the store at the head of the
-queue, from there on. `replay` is what `python -m jax_kvpool replay` predicts, with one request at a time: hits as parts of the
-prompts' full blocks. `planning` is the time in all calls of the cache as a part of the whole.
+queue, from there on. `replay` is what `python -m jax_kvpool replay` predicts, with one request at a time: hits as
+parts of the prompts' full blocks. `planning` is the time in all calls of the cache as a part of the whole.
 """
 
 from __future__ import annotations
