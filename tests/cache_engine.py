@@ -53,8 +53,8 @@ class ShortKeys(dict):
     def get(self, key, default):
         return super().get(b"", default)
 
-    def __setitem__(self, key, entry):
-        super().__setitem__(b"", entry)
+    def setdefault(self, key, entry):
+        return super().setdefault(b"", entry)
 
     def __delitem__(self, key):
         super().__delitem__(b"")
@@ -278,33 +278,37 @@ class Engine:
         for running in self.running:
             pages = running.seq.pages.tolist()
             assert len(set(pages)) == len(pages)
-            shared = {tiers.device_page[entry] for entry in running.seq._entries}
+            shared = set(tiers.device_page[running.seq._entries].tolist())
             for page in pages:
                 if page not in shared:
                     assert page not in owners, page
                     owners[page] = running
         pins = {}
         leases = [*self.cache._saving._leases] if self.stores else []
-        for entries in [*(running.seq._entries for running in self.running), *(lease.entries for lease in leases)]:
-            for entry in entries:
+        for entries in [*(running.seq._entries for running in self.running), *(lease._entries for lease in leases)]:
+            for entry in entries.tolist():
                 pins[entry] = pins.get(entry, 0) + 1
         gets = [page for call, _ in (self.cache._saving._gets if self.stores else ()) for page in call.pages]
         assert len(tiers.held) <= max(len(self.host) // 4, 2) and set(gets) <= tiers.held
         hosts = {}
-        alive = [e for e in range(len(tiers.pins)) if tiers.device_page[e] >= 0 or tiers.host_page[e] >= 0]
-        indexed = set(tiers.index.entries())
+        copies = (tiers.device_page >= 0).astype(int) + (tiers.host_page >= 0)
+        np.testing.assert_array_equal(copies, tiers.index.copies)
+        alive = np.flatnonzero(copies).tolist()
+        indexed = set(tiers.index.entries().tolist())
         assert indexed <= set(alive)  # an indexed key has a copy
+        of_keys = [entry for of_byte in tiers.index._by_key for entry in of_byte.values()]
+        assert sorted(of_keys) == sorted(indexed) and tiers.index._num_unused + len(alive) == len(copies)
         for entry in alive:
             assert tiers.pins[entry] == pins.get(entry, 0)
-            device, host = tiers.device_page[entry], tiers.host_page[entry]
+            device, host = int(tiers.device_page[entry]), int(tiers.host_page[entry])
             if device >= 0:
                 assert device not in owners, device
                 owners[device] = entry
             if host >= 0:
                 assert host not in hosts
                 hosts[host] = entry
-            assert (entry in tiers.device) == (device >= 0 and not tiers.pins[entry])
-            assert (entry in tiers.host) == (host >= 0 and not tiers.pins[entry] and host not in tiers.held)
+            assert tiers.device.has(entry) == (device >= 0 and not tiers.pins[entry])
+            assert tiers.host.has(entry) == (host >= 0 and not tiers.pins[entry] and host not in tiers.held)
             if entry in indexed:
                 tokens = tuple(tiers.index.tokens[entry].tolist())
                 if host >= 0 and tiers.stored[host] <= tiers.dispatched:

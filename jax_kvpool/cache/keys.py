@@ -34,6 +34,7 @@ from jax_kvpool._check import MAX_INT32, checked_int, int_array, is_within
 __all__ = ["chain", "extras_by_page", "page_keys", "root_key", "token_array"]
 
 TOKEN_BYTES: Final = 4
+_BLOCK: Final = 16  # keys that are computed at once
 
 
 def page_keys(
@@ -44,7 +45,8 @@ def page_keys(
     version: str | bytes = b"",
     extras: Iterable[tuple[int, bytes]] = (),
 ) -> Iterator[bytes]:
-    """The keys of the full pages of `tokens`, 32 bytes each, from the first on; each is computed when it is asked for.
+    """The keys of the full pages of `tokens`, 32 bytes each, from the first on; computed as they are asked for, some at
+    once.
 
     Args:
       tokens: a list or a 1-D array of integers that int32 can hold; an int32 array is quickest. Copied.
@@ -57,9 +59,18 @@ def page_keys(
     Raises:
       TypeError, ValueError: of another type; tokens beyond int32; an offset outside of the tokens; a digest is empty.
     """
-    data = token_array("tokens", tokens).tobytes()
+    array = token_array("tokens", tokens)
     page_size = checked_int("page_size", page_size, 1)
-    return chain(root_key(version, salt), data, page_size, extras_by_page(extras, page_size, len(data) // TOKEN_BYTES))
+    return _in_blocks(root_key(version, salt), array, page_size, extras_by_page(extras, page_size, array.size))
+
+
+def _in_blocks(
+    parent: bytes, tokens: npt.NDArray[np.int32], page_size: int, extras: dict[int, bytes]
+) -> Iterator[bytes]:
+    for first in range(0, tokens.size // page_size, _BLOCK):
+        keys = chain(parent, tokens[first * page_size : (first + _BLOCK) * page_size], page_size, extras, first)
+        yield from keys
+        parent = keys[-1]
 
 
 def root_key(version: str | bytes = b"", salt: bytes = b"") -> bytes:
@@ -78,18 +89,25 @@ def token_array(name: str, tokens: npt.ArrayLike) -> npt.NDArray[np.int32]:
     return array.astype("<i4")
 
 
-def chain(parent: bytes, data: bytes, page_size: int, extras: dict[int, bytes] | None = None) -> Iterator[bytes]:
-    """The keys of the full pages in `data`, the bytes of tokens behind the page of key `parent`. `extras`: the part of
-    each page that has some."""
-    page_bytes = page_size * TOKEN_BYTES
-    before, between, no_extras = (n.to_bytes(8, "little") for n in (len(parent), page_bytes, 0))
-    extras = extras or {}
-    sha256 = hashlib.sha256
-    for page, begin in enumerate(range(0, len(data) - page_bytes + 1, page_bytes)):
-        end = extras.get(page, no_extras)
-        # One bytes object a page, where `+` makes four.
-        parent = sha256(b"%b%b%b%b%b" % (before, parent, between, data[begin : begin + page_bytes], end)).digest()
-        yield parent
+def chain(
+    parent: bytes, tokens: npt.NDArray[np.int32], page_size: int, extras: dict[int, bytes], first: int = 0
+) -> list[bytes]:
+    """The keys of the full pages of these tokens, behind the page of key `parent`. `extras`: the part of each page that
+    has some; `first`: what they call the first page of these."""
+    num, before, keys = tokens.size // page_size, len(parent).to_bytes(8, "little"), list[bytes]()
+    # All parts behind the parent's, a row a page: fewer objects for each.
+    parts = np.zeros((num, page_size + 4), "<i4")
+    parts[:, 0] = page_size * TOKEN_BYTES
+    parts[:, 2:-2] = tokens[: num * page_size].reshape(num, page_size)
+    size, data = (page_size + 4) * TOKEN_BYTES, parts.tobytes()
+    rows = [data[begin : begin + size] for begin in range(0, len(data), size)]
+    for page, extra in extras.items():
+        if first <= page < first + num:
+            rows[page - first] = rows[page - first][:-8] + extra
+    for row in rows:
+        parent = hashlib.sha256(before + parent + row).digest()
+        keys.append(parent)
+    return keys
 
 
 def extras_by_page(extras: Iterable[tuple[int, bytes]], page_size: int, num_tokens: int) -> dict[int, bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, checked_seconds, shown
+from jax_kvpool.cache.index import Entries
 from jax_kvpool.cache.keys import extras_by_page, root_key, token_array
 from jax_kvpool.cache.metrics import Event, Metrics
 from jax_kvpool.cache.saving import Lease, Saving
@@ -105,7 +105,7 @@ class KVCache:
             if host is None or len(stores) != len(host.memories):
                 shards = 0 if host is None else len(host.memories)
                 raise ValueError(f"stores: expected one for each shard of the host pool, {shards}, got {len(stores)}")
-            self._saving = Saving(self._tiers, host, stores, self.metrics)
+            self._saving = Saving(self._tiers, host, stores)
         self._min_pages = checked_int("min_pages", min_pages, 1)
         self._max_loads = checked_int("max_loads", max_loads, 1, MAX_INT32)
         self._make_ids = make_ids
@@ -115,7 +115,7 @@ class KVCache:
         self._moves: Moves | None = None  # closed, and neither dispatched nor cancelled
         self._in_flight = collections.deque[tuple[Moves, Any]]()
         self._running: dict[Sequence, None] = {}  # that are admitted
-        self._matched: tuple[Sequence, list[int]] | None = None
+        self._matched: tuple[Sequence, Entries] | None = None
         self._pending = collections.Counter[bytes]()  # keys of pages that running sequences are computing
 
     # ---- sequences ----
@@ -134,17 +134,15 @@ class KVCache:
         """How many tokens need not be computed if it were admitted now; never all of them."""
         self._check_kind(seq)
         entries = self._match(seq)
-        of_device = 0
-        while of_device < len(entries) and self._tiers.device_page[entries[of_device]] >= 0:
-            of_device += 1
-        pending = 0
-        if self._pending:
-            limit = self._matchable(seq)
-            keys = seq._all_keys(limit)
-            while len(entries) + pending < limit and keys[len(entries) + pending] in self._pending:
-                pending += 1
+        num, limit, pending = len(entries), self._matchable(seq), 0
+        is_there = self._tiers.device_page[entries] >= 0
+        of_device = num if is_there.all() else int(is_there.argmin())
+        while self._pending and num + pending < limit:
+            if seq._all_keys(num + pending + 1)[num + pending] not in self._pending:
+                break
+            pending += 1
         size = self._page_size
-        return Matched(of_device * size, (len(entries) - of_device) * size, pending * size)
+        return Matched(of_device * size, (num - of_device) * size, pending * size)
 
     def prefetch(self, seq: Sequence, seconds: float) -> None:
         """Asks the stores for the pages behind those that are matched, in the background: looks up, then gets into the
@@ -158,11 +156,10 @@ class KVCache:
         self._end_lease(seq)
         limit, entries = self._matchable(seq), self._look_up(seq)
         self._matched = None
-        if len(entries) < limit:
-            self._tiers.pin(entries)
-            keys, tokens = seq._all_keys(limit)[len(entries) : limit], seq._by_page(limit)[len(entries) :].copy()
-            seq._lease = Lease(seq._root, keys, tokens, entries, time.monotonic() + seconds)
-            self._saving.request(seq._lease)
+        if (num := len(entries)) < limit:
+            seq._lease = Lease(self._tiers, entries)
+            keys, tokens = seq._all_keys(limit)[num:limit], seq._by_page(limit)[num:].copy()
+            self._saving.request(seq._lease, seconds, seq._root, keys, tokens)
 
     def is_fetching(self, seq: Sequence) -> bool:
         """Whether pages that it has asked for may still come before its deadline."""
@@ -184,21 +181,23 @@ class KVCache:
         entries = self._match(seq)[: num_tokens // self._page_size]
         self._matched = None
         tiers.pin(entries)
-        to_load = [entry for entry in entries if tiers.device_page[entry] < 0]
-        num_own = self._num_pages(num_tokens) - len(entries)
-        if len(to_load) + num_own > tiers.num_available():
+        to_load = entries[tiers.device_page[entries] < 0]
+        num_pages = self._num_pages(num_tokens) - len(entries) + len(to_load)
+        if num_pages > tiers.num_available():
             tiers.unpin(entries)
             return False
-        pages = tiers.take(len(to_load) + num_own)
-        for entry in to_load:
-            tiers.load(entry, pages.pop())
+        pages = tiers.take(num_pages)
         self._end_lease(seq)
-        fetched = sum(map(tiers.is_fetched.__getitem__, to_load))
-        for entry in to_load:
-            tiers.is_fetched[entry] = 0
+        fetched = 0
+        if len(to_load):
+            tiers.load(to_load, pages[: len(to_load)])
+            pages = pages[len(to_load) :]
+            fetched = int(np.count_nonzero(tiers.is_fetched[to_load]))
+            tiers.is_fetched[to_load] = False
         tiers.use(entries)
         seq._entries, seq._is_indexed, seq._num_pages = entries, True, 0
-        seq._append_pages([tiers.device_page[entry] for entry in entries] + pages)
+        seq._append_pages(tiers.device_page[entries])
+        seq._append_pages(pages)
         seq.is_admitted = True
         seq.num_cached = seq.num_committed = len(entries) * self._page_size
         self._running[seq] = None
@@ -215,7 +214,7 @@ class KVCache:
         plan can compute it."""
         self._check_admitted(seq)
         loading = self._tiers.loading
-        return not loading or not any(loading.get(entry) == 0 for entry in seq._entries)
+        return not loading or not any(loading.get(entry) == 0 for entry in seq._entries.tolist())
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Makes room for the first `num_tokens` tokens of an admitted sequence. All or nothing, as `admit`."""
@@ -273,10 +272,11 @@ class KVCache:
         child = Sequence(seq.tokens[: seq.num_committed].copy(), self._page_size, seq._salt, seq._extras)
         child._version, child._root = seq._version, seq._root
         child._keys = seq._keys[: seq.num_committed // self._page_size]
-        child._entries, child._is_indexed = [*seq._entries], seq._is_indexed
-        child._append_pages([tiers.device_page[entry] for entry in seq._entries] + pages)
+        child._entries, child._is_indexed = seq._entries, seq._is_indexed
+        child._append_pages(tiers.device_page[seq._entries])
+        child._append_pages(pages)
         child.is_admitted, child.num_cached, child.num_committed = True, seq.num_cached, seq.num_committed
-        tiers.copy(seq.pages[num_shared:num_pages].tolist(), pages, child)
+        tiers.copy(seq.pages[num_shared:num_pages], pages, child)
         self._running[child] = None
         return child
 
@@ -290,9 +290,12 @@ class KVCache:
             return
         self._check_admitted(seq)
         tiers = self._tiers
-        shared = {tiers.device_page[entry] for entry in seq._entries}
-        tiers.free_device.free([page for page in seq.pages.tolist() if page not in shared])
-        tiers.plan.copies = [copy for copy in tiers.plan.copies if copy[2] is not seq]
+        num, pages = len(seq._entries), seq.pages
+        is_own = tiers.device_page[seq._entries] != pages[:num]
+        tiers.free_device.free(np.concatenate([pages[:num][is_own], pages[num:]]))
+        copies = tiers.plan.copies
+        for target in [target for target, (_, owner) in copies.items() if owner is seq]:
+            del copies[target]
         tiers.unpin(seq._entries)
         self._forget(seq)
 
@@ -305,13 +308,15 @@ class KVCache:
         if self._moves is not None:
             raise RuntimeError(f"step: expected step {self._moves.step} to be dispatched or cancelled before")
         plan = self._tiers.close(self._max_loads)
-        copies = [(source, target) for source, target, _ in plan.copies]
-        loads = [(self._tiers.device_page[entry], self._tiers.host_page[entry]) for entry in plan.loads]
-        size = _size_of(max(map(len, (copies, plan.stores, loads))))
+        copies = [source for source, _ in plan.copies.values()], [*plan.copies]
+        stores = [*plan.stores.values()], [*plan.stores]
+        loads = self._tiers.device_page[plan.loads], self._tiers.host_page[plan.loads]
+        nums = [len(ids) for ids, _ in (copies, stores, loads)]
+        size = _size_of(max(nums))
         # Stores and loads are as long as each other, and copies, which are rare, also nothing: so many programs.
-        sizes = (size if copies else 0, size, size)
-        arrays = [self._ids(pairs, n) for pairs, n in zip((copies, plan.stores, loads), sizes, strict=True)]
-        self._moves = Moves(arrays[0], arrays[1], arrays[2], plan.step, len(copies), len(plan.stores), len(loads))
+        sizes = (size if copies[0] else 0, size, size)
+        arrays = [self._ids(*pairs, n) for pairs, n in zip((copies, stores, loads), sizes, strict=True)]
+        self._moves = Moves(arrays[0], arrays[1], arrays[2], plan.step, nums[0], nums[1], nums[2])
         return self._moves
 
     def blank_moves(self) -> Iterator[Moves]:
@@ -319,7 +324,8 @@ class KVCache:
         programs before they are needed. They are no steps: tell nothing of them."""
         num_most = max(self._tiers.free_device.num_pages, self._max_loads)
         for size in sorted({_size_of(num) for num in range(num_most + 1)}) if self._host is not None else (0,):
-            yield Moves(*(self._ids([], n) for n in (0, size, size)))
+            ids = self._ids([], [], size)
+            yield Moves(self._ids([], [], 0), ids, ids)
 
     def dispatched(self, moves: Moves, output: Any = None) -> None:
         """The step was called, so its moves come before those of all later ones.
@@ -344,8 +350,9 @@ class KVCache:
         self._check_moves(moves)
         self._moves = None
         self._tiers.cancel()
-        plan = self._tiers.plan
-        plan.copies = [copy for copy in plan.copies if copy[1] in copy[2].pages[len(copy[2]._entries) :]]
+        copies = self._tiers.plan.copies
+        for target in [t for t, (_, owner) in copies.items() if t not in owner.pages[len(owner._entries) :]]:
+            del copies[target]
 
     def poll(self) -> None:
         """Looks which steps are done, and what the stores have done, and gives them more. Never blocks; to be called
@@ -425,15 +432,11 @@ class KVCache:
         flush = flush and checked_seconds("flush", flush)
         if self._saving is None:
             return
-        saving, deadline = self._saving, time.monotonic() + flush
-        saving.end_all()
+        self._saving.end_all()
         if flush:
             self.poll()
-            saving.save_all()
-            while saving.has_to_save and time.monotonic() < deadline:
-                self.poll()
-                time.sleep(1e-3)
-        saving.end_all()
+            self._saving.flush(flush)
+        self._saving.end_all()
 
     # ---- what they share ----
 
@@ -442,30 +445,24 @@ class KVCache:
         if lease is not None and self._saving is not None:
             self._saving.end(lease)
 
-    def _match(self, seq: Sequence) -> list[int]:
+    def _match(self, seq: Sequence) -> Entries:
         """The entries of the pages that need not be computed. What was found last is so until a call changes
         something."""
         if self._matched is None or self._matched[0] is not seq:
             self._matched = seq, self._look_up(seq)
-        return [*self._matched[1]]
+        return self._matched[1]
 
-    def _look_up(self, seq: Sequence) -> list[int]:
+    def _look_up(self, seq: Sequence) -> Entries:
         seq._set_version(self._version)
-        limit = self._matchable(seq)
-        entries = self._tiers.index.match(seq._root, seq._keys_of(limit), seq._by_page(limit))
-        tiers = self._tiers
-        is_here = [tiers.device_page[entry] >= 0 for entry in entries]
-        for i, entry in enumerate(entries):
-            if not is_here[i] and not tiers.is_readable(entry):
-                del entries[i:]
-                break
+        limit, tiers = self._matchable(seq), self._tiers
+        entries = tiers.index.match(seq._root, seq._all_keys, limit, seq._by_page(limit))
+        is_readable = tiers.is_readable(entries)
+        if not is_readable.all():
+            entries = entries[: int(is_readable.argmin())]
         # A short row of pages to load at the end is computed again.
-        behind = len(entries)
-        while behind and not is_here[behind - 1]:
-            behind -= 1
-        if 0 < len(entries) - behind < self._min_pages:
-            del entries[behind:]
-        return entries
+        on_device = np.flatnonzero(tiers.device_page[entries] >= 0)
+        behind = int(on_device[-1]) + 1 if len(on_device) else 0
+        return entries if len(entries) - behind >= self._min_pages else entries[:behind]
 
     def _matchable(self, seq: Sequence) -> int:
         """Pages that may be matched: full ones, and something must be left to compute."""
@@ -479,9 +476,9 @@ class KVCache:
         begin, end = len(seq._entries), seq.num_committed // self._page_size
         if begin >= end or not seq._is_indexed:
             return
-        parent = seq._entries[-1] if seq._entries else seq._root
-        keys, tokens, pages = seq._all_keys(end)[begin:end], seq._by_page(end)[begin:], seq._table[begin:end].tolist()
-        seq._entries += self._tiers.insert(keys, parent, tokens, pages)
+        parent = int(seq._entries[-1]) if begin else seq._root
+        keys, tokens, pages = seq._all_keys(end)[begin:end], seq._by_page(end)[begin:], seq._table[begin:end]
+        seq._entries = np.concatenate([seq._entries, self._tiers.commit(keys, parent, tokens, pages)])
         seq._is_indexed = len(seq._entries) == end  # else another page has the next key
         self._withdraw(seq, end)
 
@@ -502,33 +499,31 @@ class KVCache:
                 pending.pop(key)  # `del` is slow: a Counter's is Python
         seq._pending = max(begin, min(num_pages, end)), end
 
-    def _take_for_copies(self, num: int) -> list[int] | None:
+    def _take_for_copies(self, num: int) -> npt.NDArray[np.int32] | None:
         """Device pages that no store reads which comes with the copies, or behind them."""
         tiers = self._tiers
         taken: list[int] = []
         kept: list[int] = []
         while len(taken) < num and tiers.num_available():
-            (page,) = tiers.take(1)
+            page = int(tiers.take(1)[0])
             (kept if page in tiers.stored_pages() else taken).append(page)
-        if len(taken) < num:
-            kept += taken
-        tiers.free_device.free(kept)
-        return taken if len(taken) == num else None
+        is_enough = len(taken) == num
+        tiers.free_device.free(kept if is_enough else kept + taken)
+        return np.array(taken, np.int32) if is_enough else None
 
     def _forget(self, seq: Sequence) -> None:
         self._withdraw(seq, len(seq._keys))
         del self._running[seq]
         seq.is_admitted, seq.num_cached, seq.num_committed = False, 0, 0
-        seq._entries, seq._num_pages = [], 0
+        seq._entries, seq._num_pages = np.empty(0, np.intp), 0
 
-    def _ids(self, pairs: list[tuple[int, int]], size: int) -> tuple[Any, Any]:
-        if not pairs and size in self._blank_ids:
+    def _ids(self, first: Any, second: Any, size: int) -> tuple[Any, Any]:
+        if (num := len(first)) == 0 and size in self._blank_ids:
             return self._blank_ids[size]
-        ids = np.full((2, size), -1, np.int32)
-        if pairs:
-            ids[:, : len(pairs)] = np.array(pairs, np.int32).T
-        made = self._make_ids(ids[0].copy()), self._make_ids(ids[1].copy())
-        if not pairs:
+        both = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
+        both[0][:num], both[1][:num] = first, second
+        made = self._make_ids(both[0]), self._make_ids(both[1])
+        if not num:
             self._blank_ids[size] = made
         return made
 

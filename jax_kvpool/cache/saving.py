@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
+import math
 import time
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from jax_kvpool.cache.metrics import Metrics
-from jax_kvpool.cache.tiers import Tiers
+from jax_kvpool.cache.host_tier import HostTier
+from jax_kvpool.cache.index import Entries
 from jax_kvpool.host_pool import HostPool
 
 __all__ = ["Lease", "Saving"]
@@ -25,18 +25,32 @@ _PAGES_PER_CALL: Final = 64
 _MAX_GETS: Final = 2  # calls at once, so that a store's threads are never all in gets that hang
 
 
-@dataclasses.dataclass(eq=False)
 class Lease:
-    """Of a sequence that waits for pages from the store: it pins what it found, until admission, deadline or
-    release."""
+    """Pages of the host pool that stay as they are for who has it, until it is freed.
 
-    root: bytes
-    keys: list[bytes]  # of the pages behind the first entries
-    tokens: npt.NDArray[np.int32]
-    entries: list[int]  # of the sequence's first pages, pinned
-    deadline: float
-    is_over: bool = False
-    is_done: bool = False  # nothing is under way for it
+    Attributes:
+      is_done: whether all pages that it has asked the stores for came, or will not.
+      is_over: whether it is freed, or its deadline is over.
+    """
+
+    def __init__(self, tier: HostTier, entries: Entries) -> None:
+        self._tier = tier
+        self._entries = entries  # pinned
+        self.is_done, self.is_over = True, False
+        self._deadline = math.inf
+        # What is asked for behind the entries:
+        self._root, self._keys, self._tokens = b"", list[bytes](), np.empty((0, 0), np.int32)
+        tier.pin(entries)
+
+    @property
+    def pages(self) -> npt.NDArray[np.int32]:
+        """Ids of host pages, in the order of the keys."""
+        return self._tier.host_page[self._entries]
+
+    @property
+    def generations(self) -> npt.NDArray[np.int64]:
+        """Of each page: another number whenever it has another content."""
+        return self._tier.index.serial[self._entries]
 
 
 class _Call:
@@ -49,7 +63,7 @@ class _Call:
     def is_done(self) -> bool:
         return all(future.done() for future in self._futures)
 
-    def hits(self, metrics: Metrics) -> list[bool]:
+    def hits(self, metrics: Any) -> list[bool]:
         """Of each key: a hit is a hit in all shards."""
         is_hit = [True] * len(self.keys)
         for future in self._futures:
@@ -64,31 +78,38 @@ class _Call:
                     metrics.fail(result.reason, 1)
         return is_hit
 
+    def num_hits(self, metrics: Any) -> int:
+        """Of the first keys in a row."""
+        return [*self.hits(metrics), False].index(False)
+
 
 class Saving:
-    """Between the host pool of `tiers` and `stores`, one for each of its shards. At most a quarter of the host pages is
-    held at once, an eighth for each direction."""
+    """Between the pages of `tier`, in `host`, and `stores`, one for each of its shards. At most a quarter of the host
+    pages is held at once, an eighth for each direction."""
 
-    def __init__(self, tiers: Tiers, host: HostPool, stores: list[Any], metrics: Metrics) -> None:
-        self._tiers, self._host, self._stores, self._metrics = tiers, host, stores, metrics
+    def __init__(self, tier: HostTier, host: HostPool, stores: list[Any]) -> None:
+        self._tier, self._host, self._stores, self._metrics = tier, host, stores, tier.metrics
         self._max_pages = max(host.num_pages // 8, 1)
         self._cold = collections.deque[tuple[int, int]]()  # entries to be put, with their serials
-        self._puts = list[tuple[_Call, list[tuple[int, int]]]]()
+        self._put: tuple[_Call, Entries, npt.NDArray[np.int64]] | None = None
         self._lookups = list[tuple[_Call, Lease]]()
         self._gets = list[tuple[_Call, Lease]]()
         self._waiting = collections.deque[Lease]()
         self._found = collections.deque[tuple[Lease, int]]()  # with so many pages that the store has
-        self._leases = dict[Lease, None]()
+        self._leases = dict[Lease, None]()  # with a deadline
 
-    def request(self, lease: Lease) -> None:
+    def request(self, lease: Lease, seconds: float, root: bytes, keys: list[bytes], tokens: Any) -> None:
+        """Gets the pages of these keys, behind those that a lease has. It is over after so many seconds."""
+        lease._root, lease._keys, lease._tokens = root, keys, tokens
+        lease._deadline, lease.is_done = time.monotonic() + seconds, False
         self._leases[lease] = None
         self._waiting.append(lease)
 
     def end(self, lease: Lease) -> None:
-        """Its sequence does not wait any more."""
+        """Nobody has it any more."""
         if not lease.is_over:
             lease.is_over = True
-            self._tiers.unpin(lease.entries)
+            self._tier.unpin(lease._entries)
             self._leases.pop(lease, None)
 
     def end_all(self) -> None:
@@ -98,76 +119,65 @@ class Saving:
         self._cold.clear()
         self._waiting.clear()
         self._found.clear()
-        for calls in (self._lookups, self._gets):
-            for _, lease in calls:
-                lease.keys = []
+        for _, lease in self._lookups + self._gets:
+            lease._keys = []
 
     def poll(self) -> None:
         now = time.monotonic()
-        for lease in [lease for lease in self._leases if lease.deadline <= now]:
+        for lease in [lease for lease in self._leases if lease._deadline <= now]:
             self._metrics.late += not lease.is_done
             self.end(lease)
-        self._finish_puts()
+        self._finish_put()
         self._finish_gets()
         self._begin_gets()
-        self._begin_puts()
+        self._begin_put()
 
-    @property
-    def num_under_way(self) -> int:
-        return len(self._puts) + len(self._lookups) + len(self._gets)
-
-    def save_all(self) -> None:
-        """Puts whatever is in the host pool and not in a store, the coldest first."""
-        index = self._tiers.index
-        entries = [e for e in index.entries() if self._tiers.host_page[e] >= 0 and not self._tiers.is_saved[e]]
-        self._cold.extend((entry, index.serial[entry]) for entry in entries)
-
-    @property
-    def has_to_save(self) -> bool:
-        return bool(self._cold or self._puts)
+    def flush(self, seconds: float) -> None:
+        """Puts whatever is in the host pool and not in a store, as far as it gets in so many seconds."""
+        tier, deadline = self._tier, time.monotonic() + seconds
+        entries = tier.index.entries()
+        self._plan_puts(entries[(tier.host_page[entries] >= 0) & ~tier.is_saved[entries]])
+        while (self._cold or self._put) and time.monotonic() < deadline:
+            self.poll()
+            time.sleep(1e-3)
 
     # ---- puts ----
 
-    def _begin_puts(self) -> None:
-        tiers = self._tiers
-        self._cold.extend((entry, tiers.index.serial[entry]) for entry in tiers.to_save)
-        tiers.to_save.clear()
-        room = self._max_pages - sum(len(call.pages) for call, _ in self._puts)
-        while self._cold and room > 0 and not self._puts:
-            batch = dict[tuple[int, int], None]()  # none twice
-            while self._cold and len(batch) < min(room, _PAGES_PER_CALL):
-                entry, serial = self._cold.popleft()
-                page = tiers.host_page[entry]
-                if tiers.index.serial[entry] != serial or page < 0 or tiers.is_saved[entry] or page in tiers.held:
-                    continue
-                if tiers.stored[page] > tiers.landed:
-                    self._cold.appendleft((entry, serial))  # it will be soon
-                    break
-                batch[entry, serial] = None
-            if not batch:
-                return
-            entries = [entry for entry, _ in batch]
-            tiers.hold_for_put(entries)
-            pages = [tiers.host_page[entry] for entry in entries]
-            keys = [tiers.index.key(entry) for entry in entries]
-            self._puts.append((self._call("put", keys, pages), [*batch]))
+    def _plan_puts(self, entries: Entries) -> None:
+        self._cold.extend(zip(entries.tolist(), self._tier.index.serial[entries].tolist(), strict=True))
 
-    def _finish_puts(self) -> None:
-        tiers = self._tiers
-        done = [put for put in self._puts if put[0].is_done()]
-        self._puts = [put for put in self._puts if not put[0].is_done()]
-        for call, batch in done:
-            hits = call.hits(self._metrics)
-            self._metrics.saved += sum(hits)
-            for page in call.pages:
-                tiers.release_held(page)
-            same = [entry for entry, serial in batch if tiers.index.serial[entry] == serial]
-            for (entry, serial), is_hit in zip(batch, hits, strict=True):
-                if tiers.index.serial[entry] == serial:
-                    tiers.is_saved[entry] = is_hit
-                    if is_hit:
-                        tiers.tell("stored", "store", [entry])
-            tiers.back_to_host(same)
+    def _begin_put(self) -> None:
+        tier = self._tier
+        if tier.to_save:
+            self._plan_puts(np.array(tier.to_save))
+            tier.to_save.clear()
+        batch = dict[int, None]()  # none twice
+        while self._cold and not self._put and len(batch) < min(self._max_pages, _PAGES_PER_CALL):
+            entry, serial = self._cold[0]
+            page = int(tier.host_page[entry])
+            is_same = tier.index.serial[entry] == serial and page >= 0 and page not in tier.held
+            if is_same and not tier.is_saved[entry]:
+                if tier.stored[page] > tier.landed:
+                    break  # it will be soon
+                batch[entry] = None
+            self._cold.popleft()
+        if batch:
+            entries = np.array([*batch])
+            tier.hold_for_put(entries)
+            call = self._call("put", tier.index.keys(entries), tier.host_page[entries].tolist())
+            self._put = call, entries, tier.index.serial[entries]
+
+    def _finish_put(self) -> None:
+        if self._put is None or not self._put[0].is_done():
+            return
+        (call, entries, serials), self._put, tier = self._put, None, self._tier
+        is_hit = np.array(call.hits(self._metrics))
+        self._metrics.saved += int(np.count_nonzero(is_hit))
+        tier.release_held(call.pages)
+        is_same = tier.index.serial[entries] == serials
+        tier.is_saved[entries[is_same]] = is_hit[is_same]
+        tier.tell("stored", "store", entries[is_same & is_hit])
+        tier.back_to_host(entries[is_same])
 
     # ---- gets ----
 
@@ -175,33 +185,23 @@ class Saving:
         while self._waiting and len(self._lookups) + len(self._gets) < _MAX_GETS:
             lease = self._waiting.popleft()
             if not lease.is_over:
-                self._lookups.append((self._call("contains", lease.keys, []), lease))
+                self._lookups.append((self._call("contains", lease._keys, []), lease))
         while self._found and len(self._lookups) + len(self._gets) < _MAX_GETS:
             lease, num = self._found[0]
-            if lease.is_over:
-                self._found.popleft()
-                continue
-            pages = self._take(min(num, _PAGES_PER_CALL))
-            if not pages:
-                return
+            if not lease.is_over:
+                room = self._max_pages - sum(len(call.pages) for call, _ in self._gets)
+                pages = self._tier.take_idle(min(num, room, _PAGES_PER_CALL))
+                if not pages:
+                    return
+                self._tier.held.update(pages)
+                self._gets.append((self._call("get", lease._keys[: len(pages)], pages), lease))
             self._found.popleft()
-            self._gets.append((self._call("get", lease.keys[: len(pages)], pages), lease))
-
-    def _take(self, num: int) -> list[int]:
-        """Host pages that no step in flight touches; fewer than asked for, or none, if there are not more."""
-        tiers = self._tiers
-        num = min(num, self._max_pages - sum(len(call.pages) for call, _ in self._gets))
-        pages = list[int]()
-        while len(pages) < num and (page := tiers.take_idle_host_page()) >= 0:
-            pages.append(page)
-            tiers.held.add(page)
-        return pages
 
     def _finish_gets(self) -> None:
         for call, lease in [lookup for lookup in self._lookups if lookup[0].is_done()]:
             self._lookups.remove((call, lease))
-            num = [*call.hits(self._metrics), False].index(False)
-            if num and lease.keys and not lease.is_over:
+            num = call.num_hits(self._metrics)
+            if num and lease._keys and not lease.is_over:
                 self._found.append((lease, num))
             else:
                 lease.is_done = True
@@ -211,25 +211,21 @@ class Saving:
 
     def _arrived(self, call: _Call, lease: Lease) -> None:
         """Pages are good as far as all before them came, too."""
-        tiers = self._tiers
-        num = [*call.hits(self._metrics), False].index(False)
-        for page in call.pages:
-            tiers.release_held(page)
-        parent_is_there = not lease.is_over or not lease.entries
-        used = 0
-        if num and lease.keys and parent_is_there:
-            used = num
-            parent = lease.entries[-1] if lease.entries else lease.root
-            entries = tiers.insert_fetched(lease.keys[:num], parent, lease.tokens[:num], call.pages[:num])
-            self._metrics.fetched += len(entries)
+        tier, num, entries = self._tier, call.num_hits(self._metrics), lease._entries
+        tier.release_held(call.pages)
+        if not lease._keys or (lease.is_over and len(entries)):  # nobody wants it, or what it follows may be gone
+            num = 0
+        if num:
+            parent = int(entries[-1]) if len(entries) else lease._root
+            fetched = tier.insert_fetched(lease._keys[:num], parent, lease._tokens[:num], call.pages[:num])
+            self._metrics.fetched += len(fetched)
             if lease.is_over:
-                tiers.unpin(entries)
+                tier.unpin(fetched)
             else:
-                lease.entries += entries
-            lease.keys, lease.tokens = lease.keys[num:], lease.tokens[num:]
-        for page in call.pages[used:]:
-            tiers.give_host_page(page)
-        if lease.keys and used == len(call.pages) and not lease.is_over:
+                lease._entries = np.concatenate([entries, fetched])
+            lease._keys, lease._tokens = lease._keys[num:], lease._tokens[num:]
+        tier.give(call.pages[num:])
+        if lease._keys and num == len(call.pages) and not lease.is_over:
             self._waiting.append(lease)  # for the rest
         else:
             lease.is_done = True

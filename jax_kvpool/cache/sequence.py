@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
+from jax_kvpool.cache.index import Entries
 from jax_kvpool.cache.keys import chain, root_key
+from jax_kvpool.cache.saving import Lease
 
 __all__ = ["Matched", "Moves", "Sequence"]
 
@@ -75,9 +74,9 @@ class Sequence:
         self._salt, self._extras = salt, extras
         self._version: str | bytes | None = None  # that the root and the keys are of
         self._root, self._keys = b"", list[bytes]()
-        self._lease: Any = None  # see saving.py
+        self._lease: Lease | None = None
         # While it is admitted:
-        self._entries: list[int] = []  # of its first pages, pinned
+        self._entries: Entries = np.empty(0, np.intp)  # of its first pages, pinned
         self._is_indexed = True  # whether the next full page gets an entry
         self._table = np.empty(0, np.int32)
         self._num_pages = 0
@@ -105,24 +104,13 @@ class Sequence:
         if self._version is not version:
             self._version, self._root, self._keys = version, root_key(version, self._salt), []
 
-    def _keys_of(self, num_pages: int) -> Iterator[bytes]:
-        """The keys of the first pages, each computed when it is asked for, once."""
-        known = self._keys[:num_pages]
-        return itertools.chain(known, self._more_keys(num_pages)) if len(known) < num_pages else iter(known)
-
-    def _more_keys(self, num_pages: int) -> Iterator[bytes]:
-        begin, append = len(self._keys), self._keys.append
-        parent = self._keys[-1] if begin else self._root
-        data = self._tokens[begin * self._page_size : num_pages * self._page_size].tobytes()
-        extras = {page - begin: extra for page, extra in self._extras.items() if page >= begin}
-        for key in chain(parent, data, self._page_size, extras):
-            append(key)
-            yield key
-
     def _all_keys(self, num_pages: int) -> list[bytes]:
-        """The keys of the first pages, and maybe of more."""
-        if len(self._keys) < num_pages:
-            collections.deque(self._keys_of(num_pages), maxlen=0)
+        """The keys of the first pages, and maybe of more. Each is computed once."""
+        begin = len(self._keys)
+        if begin < num_pages:
+            tokens = self._tokens[begin * self._page_size : num_pages * self._page_size]
+            parent = self._keys[-1] if begin else self._root
+            self._keys += chain(parent, tokens, self._page_size, self._extras, begin)
         return self._keys
 
     def _by_page(self, num_pages: int) -> npt.NDArray[np.int32]:
@@ -135,7 +123,7 @@ class Sequence:
         self._tokens[self._num_known : end] = tokens
         self._num_known = end
 
-    def _append_pages(self, pages: list[int]) -> None:
+    def _append_pages(self, pages: npt.NDArray[np.int32]) -> None:
         if (end := self._num_pages + len(pages)) > self._table.size:
             self._table = np.concatenate([self._table[: self._num_pages], np.empty(end, np.int32)])
         self._table[self._num_pages : end] = pages
