@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jax_kvpool import DevicePool, HostPool, PageSpec
-from jax_kvpool.cache import KVCache, page_keys
+from jax_kvpool.cache import KVCache, index, page_keys
 
 PAGE = 4
 SPEC = PageSpec.uniform(PAGE, 1, {"k": ((8,), "float32")})
@@ -68,6 +68,18 @@ class FewKeys(list):
 
     def __getitem__(self, byte):
         return super().__getitem__(byte % len(self))
+
+
+def forget_keys(of_index, num):
+    """Makes an `Index` that knows no more of a key than which of so many it is: pages collide all day."""
+
+    def same(entries, keys, tokens, begin):
+        entries = index._leading(entries, of_index.tokens[entries], tokens[begin : begin + len(entries)])
+        asked = [[key[0] % num] for key in keys(begin + len(entries))[begin : begin + len(entries)]]
+        return index._leading(entries, of_index._keys[entries, :1].astype(int) % num, np.array(asked).reshape(-1, 1))
+
+    of_index._by_key = FewKeys(num)
+    of_index._same = same
 
 
 class VirtualStore:
@@ -134,7 +146,7 @@ class Engine:
         host.memories *= max(len(stores), 1)  # as if it had so many shards
         self.cache = KVCache(DevicePool.create(SPEC, num_device), host, stores=stores, **options)
         if num_keys is not None:
-            self.cache._tiers.index._by_key = FewKeys(num_keys)
+            forget_keys(self.cache._tiers.index, num_keys)
         self.stores, self.version = stores, b""
         for store in stores:
             store.engine = self
@@ -296,8 +308,8 @@ class Engine:
         alive = np.flatnonzero(copies).tolist()
         indexed = set(tiers.index.entries().tolist())
         assert indexed <= set(alive)  # an indexed key has a copy
-        of_keys = [entry for of_byte in tiers.index._by_key for entry in of_byte.values()]
-        assert sorted(of_keys) == sorted(indexed) and tiers.index._num_unused + len(alive) == len(copies)
+        assert tiers.index._num_unused + len(alive) == len(copies)
+        self.check_links(tiers.index, indexed)
         for entry in alive:
             assert tiers.pins[entry] == pins.get(entry, 0)
             device, host = int(tiers.device_page[entry]), int(tiers.host_page[entry])
@@ -318,6 +330,18 @@ class Engine:
         assert tiers.free_device.num_free + len(owners) == len(self.device) - len(tiers.free_device.reserved)
         assert len(tiers._free_host) + len(hosts) + len(tiers._freed_while_held) + len(gets) == len(self.host)
         assert len(set(tiers._free_host)) == len(tiers._free_host) and not tiers.held & set(tiers._free_host)
+
+    def check_links(self, index, indexed):
+        """Each page is its parent's child, or is found by its key, or its parent is gone."""
+        of_keys = [entry for of_byte in index._by_key for entry in of_byte.values()]
+        parents, children = index._parent.tolist(), index._child.tolist()
+        is_child = {entry for entry in indexed if parents[entry] >= 0 and children[parents[entry]] == entry}
+        assert len(set(of_keys)) == len(of_keys) and set(of_keys) <= indexed and not is_child & set(of_keys)
+        serials = index.serial.tolist()
+        for entry in is_child:
+            assert serials[parents[entry]] in (index._parent_serial[entry], 0)
+        for entry in indexed - is_child - set(of_keys):
+            assert serials[parents[entry]] != index._parent_serial[entry]
 
     def check_page(self, page, tokens):
         assert all(isinstance(token, tuple) for token in page), page

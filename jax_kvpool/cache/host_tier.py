@@ -98,8 +98,9 @@ class HostTier:
         self.give(pages.tolist())
 
     def known(self, entries: Entries) -> Entries:
-        """Those that a key finds."""
-        return entries[self.index.serial[entries] != 0]
+        """Those that are not hidden."""
+        is_known: npt.NDArray[np.bool_] = self.index.serial[entries] != 0
+        return entries[is_known]
 
     # ---- pages ----
 

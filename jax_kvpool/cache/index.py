@@ -1,13 +1,14 @@
 """The index of the cache: which pages are known, by key, and which of them may go first. Entries are small integers.
 
-A million pages must not be a million objects: the garbage collector would walk them, for milliseconds. So what is known
-of an entry lies in arrays, and keys lie in 256 dictionaries, each of which is small when it has to grow.
+A million pages must not be a million objects: the garbage collector would walk them, for milliseconds, and looking for
+a hundred of them would miss the processor's caches hundreds of times. So what is known of an entry lies in arrays.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +18,9 @@ __all__ = ["Entries", "Index", "Recency"]
 
 Entries = npt.NDArray[np.intp]
 
+_NONE: Final = np.empty(0, np.intp)
 _KEY_BYTES: Final = 32
+_MOST: Final = 256  # pages that are compared at once
 
 
 def _full(num: int, value: int, dtype: Any = np.int32) -> npt.NDArray[Any]:
@@ -28,70 +31,62 @@ def _full(num: int, value: int, dtype: Any = np.int32) -> npt.NDArray[Any]:
 class Index:
     """Pages by key, with their tokens. An entry is known as long as it has copies, of which only the number is known.
 
-    An entry's parent is the page before it. Its number, the `serial`, is never used again, so a child is only found
-    behind the very page that it was computed behind, whatever keys collide. With `page_size` 0, a key says all.
+    An entry's parent is the page before it. Most pages have one page behind them, their `child`; only first pages, and
+    those that come behind a page that has a child, are found by their keys, in 256 dictionaries, each of which is small
+    when it has to grow. An entry's number, the `serial`, is never used again, so a page is only found behind the very
+    page that it was computed behind, whatever keys collide.
     """
 
     def __init__(self, capacity: int, page_size: int) -> None:
         self.tokens = _full(capacity * page_size, 0).reshape(capacity, page_size)
-        self.serial = _full(capacity, 0, np.int64)  # 0: of a page that no key finds (any more)
+        self.serial = _full(capacity, 0, np.int64)  # 0: of a page that is not found (any more)
         self.copies = _full(capacity, 0, np.int8)
-        self._parent_serial = _full(capacity, 0, np.int64)
         self._keys = _full(capacity * _KEY_BYTES, 0, np.uint8).reshape(capacity, _KEY_BYTES)
+        self._parent = _full(capacity, -1)
+        self._parent_serial = _full(capacity, 0, np.int64)
+        self._child_of = array("i", [-1]) * capacity  # quicker one by one
+        self._child = np.frombuffer(self._child_of, np.int32)
         self._by_key: list[dict[bytes, int]] = [{} for _ in range(256)]
         self._unused = np.arange(capacity - 1, -1, -1)  # a stack
         self._num_unused = capacity
         self._last_serial = 0
 
-    def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The entries of keys, up to the first one that is not known."""
-        by_key, found = self._by_key, list[int]()
-        for key in keys:
-            entry = by_key[key[0]].get(key, -1)
-            if entry < 0:
-                break
-            found.append(entry)
-        return found
-
     def match(
         self, root: bytes, keys: Callable[[int], list[bytes]], limit: int, tokens: npt.NDArray[np.int32]
     ) -> Entries:
         """The entries of the longest known prefix of `limit` pages behind a root key. `keys(n)` makes the first n keys
-        at least; it is not asked for many more than it takes. `tokens`: `(pages, page_size)`; they are compared, too: a
-        key that two pages share ends the match."""
-        found, num = list[int](), 0
-        while len(found) == num < limit:
-            num = min(max(2 * num, 8), limit)
-            found += self.find(keys(num)[len(found) : num])
-        entries = np.array(found, np.intp)
-        return entries[: self._num_true(entries, _serial_of_root(root), tokens)]
+        at least; it is asked for one more than are found. `tokens`: `(pages, page_size)`; they are compared, too: a key
+        that two pages share ends the match."""
+        return self._walk(-1, _serial_of_root(root), keys, limit, tokens)
 
     def insert(self, keys: list[bytes], parent: int | bytes, tokens: npt.NDArray[np.int32]) -> tuple[Entries, Entries]:
         """Entries of pages in a row, the first one behind the entry `parent`, or behind that root key.
 
         Returns the entries, and which of them are new. Fewer than keys: another page has the next key.
         """
-        before = _serial_of_root(parent) if isinstance(parent, bytes) else int(self.serial[parent])
-        known = np.array(self.find(keys), np.intp)
-        num_known = self._num_true(known, before, tokens)
-        missing = keys[num_known:] if num_known == len(known) else []
-        new, num = self._unused[self._num_unused - len(missing) : self._num_unused][::-1].copy(), 0
-        by_key = self._by_key
-        for key, entry in zip(missing, new.tolist(), strict=True):
-            if by_key[key[0]].setdefault(key, entry) != entry:
-                break
-            num += 1
-        if num:
-            new = new[:num]
-            self._num_unused -= num
-            self.serial[new] = np.arange(self._last_serial + 1, self._last_serial + 1 + num)
-            self._parent_serial[new[1:]] = self.serial[new[:-1]]
-            self._parent_serial[new[0]] = self.serial[known[-1]] if num_known else before
-            self._last_serial += num
-            self.tokens[new] = tokens[num_known : num_known + num]
-            joined = np.frombuffer(b"".join(missing[:num]), np.uint8)
-            self._keys[new] = joined.reshape(num, _KEY_BYTES)
-        return np.concatenate([known[:num_known], new[:num]]), new[:num]
+        last, serial = (
+            (-1, _serial_of_root(parent)) if isinstance(parent, bytes) else (parent, int(self.serial[parent]))
+        )
+        known = self._walk(last, serial, lambda _: keys, len(keys), tokens)
+        if (num := len(keys) - len(known)) == 0:
+            return known, _NONE
+        if len(known):
+            last, serial = int(known[-1]), int(self.serial[known[-1]])
+        new = self._unused[self._num_unused - num : self._num_unused][::-1].copy()
+        missing, first = keys[len(known) :], int(new[0])
+        if last >= 0 and self._child[last] < 0:
+            self._child[last] = first
+        elif self._by_key[missing[0][0]].setdefault(missing[0], first) != first:
+            return known, _NONE
+        self._num_unused -= num
+        self.serial[new] = np.arange(self._last_serial + 1, self._last_serial + 1 + num)
+        self._last_serial += num
+        self._parent[first], self._parent_serial[first] = last, serial
+        self._parent[new[1:]], self._parent_serial[new[1:]] = new[:-1], self.serial[new[:-1]]
+        self._child[new[:-1]], self._child[new[-1]] = new[1:], -1
+        self.tokens[new] = tokens[len(known) :]
+        self._keys[new] = _rows(missing)
+        return np.concatenate([known, new]), new
 
     def drop_copies(self, entries: Entries) -> None:
         """Each of them has a copy less. Those that have none any more are forgotten."""
@@ -102,10 +97,15 @@ class Index:
         self._num_unused += len(gone)
 
     def hide(self, entries: Entries) -> None:
-        """No key finds them any more; the entries stay."""
+        """They are not found any more, nor what comes behind them; the entries stay."""
         entries = entries[self.serial[entries] != 0]
-        for key in self.keys(entries):
-            del self._by_key[key[0]][key]
+        parents = self._parent[entries]
+        is_child = (parents >= 0) & (self._child[parents] == entries)
+        self._child[parents[is_child]] = -1
+        others = entries[~is_child]
+        for key, entry in zip(self.keys(others), others.tolist(), strict=True):
+            if self._by_key[key[0]].get(key, -1) == entry:  # else its parent was hidden before
+                del self._by_key[key[0]][key]
         self.serial[entries] = 0
 
     def keys(self, entries: Entries) -> list[bytes]:
@@ -113,19 +113,61 @@ class Index:
         return keys
 
     def entries(self) -> Entries:
-        """All that keys find."""
+        """All that are not hidden."""
         return np.flatnonzero(self.serial)
 
-    def _num_true(self, entries: Entries, before: int, tokens: npt.NDArray[np.int32]) -> int:
-        """How many of them, in a row, have these tokens, and were computed behind each other and that page."""
-        if not len(entries) or not self.tokens.shape[1]:
-            return len(entries)
-        stored, asked = self.tokens[entries], tokens[: len(entries)]
-        parents, serials = self._parent_serial[entries], self.serial[entries]
-        is_true = np.append(before, serials[:-1]) == parents
-        if not np.array_equal(stored, asked):
-            is_true &= (stored == asked).all(axis=1)
-        return len(entries) if is_true.all() else int(is_true.argmin())
+    def _walk(
+        self,
+        last: int,
+        serial: int,
+        keys: Callable[[int], list[bytes]],
+        limit: int,
+        tokens: npt.NDArray[np.int32],
+    ) -> Entries:
+        """The entries of pages in a row behind the entry `last`, or -1; `serial`: its number, or the root's."""
+        found, num, child_of = [_NONE], 0, self._child_of
+        while num < limit:
+            run, entry = list[int](), child_of[last] if last >= 0 else -1
+            for _ in range(min(limit - num, _MOST)):
+                if entry < 0:
+                    break
+                run.append(entry)
+                entry = child_of[entry]
+            next_ones = self._same(np.array(run, np.intp), keys, tokens, num)
+            if not len(next_ones):
+                key = keys(num + 1)[num]
+                entry = self._by_key[key[0]].get(key, -1)
+                if entry < 0 or self._parent_serial[entry] != serial:
+                    break
+                next_ones = self._same(np.array([entry], np.intp), keys, tokens, num)
+                if not len(next_ones):
+                    break
+            found.append(next_ones)
+            num += len(next_ones)
+            last = int(next_ones[-1])
+            serial = int(self.serial[last])
+        return np.concatenate(found)
+
+    def _same(
+        self, entries: Entries, keys: Callable[[int], list[bytes]], tokens: npt.NDArray[np.int32], begin: int
+    ) -> Entries:
+        """As many of them, in a row, as have these tokens and keys, from page `begin` on."""
+        if not len(entries):
+            return entries
+        entries = _leading(entries, self.tokens[entries], tokens[begin : begin + len(entries)])
+        end = begin + len(entries)
+        return _leading(entries, self._keys[entries], _rows(keys(end)[begin:end])) if len(entries) else entries
+
+
+def _leading(entries: Entries, rows: npt.NDArray[Any], others: npt.NDArray[Any]) -> Entries:
+    """As many of the first ones as have equal rows."""
+    if np.array_equal(rows, others):  # much quicker than row by row
+        return entries
+    return entries[: int((rows == others).all(axis=1).argmin())]
+
+
+def _rows(keys: list[bytes]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY_BYTES)
 
 
 def _serial_of_root(root: bytes) -> int:
@@ -215,9 +257,9 @@ class Recency:
             at = self._ring[np.arange(place, end) % len(self._ring)]
             is_there = np.flatnonzero(at >= 0)[:num]
             num -= len(is_there)
-            found.append(at[is_there])
+            found.append(at[is_there].astype(np.intp))
             place = end if num else place + int(is_there[-1]) + 1
-        return np.concatenate(found, dtype=np.intp), place
+        return np.concatenate(found), place
 
     def _put(self, entries: Entries, begin: int) -> None:
         places = np.arange(begin, begin + len(entries))
@@ -240,6 +282,3 @@ class Recency:
         self._packed, self._rest = self._packed + len(entries), end
         if end == self._end:
             self._end, self._packed, self._rest = self._packed, self._begin, self._begin
-
-
-_NONE: Final = np.empty(0, np.int32)

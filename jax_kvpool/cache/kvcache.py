@@ -127,8 +127,7 @@ class KVCache:
         if not array.size:
             raise ValueError("tokens: expected at least one, got none")
         of_pages = extras_by_page(extras, self._page_size, array.size)
-        root_key(b"", salt)  # raises if it is no salt
-        return Sequence(array, self._page_size, bytes(salt), of_pages)
+        return Sequence(array, self._page_size, self._version, salt, of_pages)
 
     def match(self, seq: Sequence) -> Matched:
         """How many tokens need not be computed if it were admitted now; never all of them."""
@@ -269,8 +268,8 @@ class KVCache:
         if pages is None:
             tiers.unpin(seq._entries)
             return None
-        child = Sequence(seq.tokens[: seq.num_committed].copy(), self._page_size, seq._salt, seq._extras)
-        child._version, child._root = seq._version, seq._root
+        tokens = seq.tokens[: seq.num_committed].copy()
+        child = Sequence(tokens, self._page_size, seq._version, seq._salt, seq._extras)
         child._keys = seq._keys[: seq.num_committed // self._page_size]
         child._entries, child._is_indexed = seq._entries, seq._is_indexed
         child._append_pages(tiers.device_page[seq._entries])
@@ -292,7 +291,8 @@ class KVCache:
         tiers = self._tiers
         num, pages = len(seq._entries), seq.pages
         is_own = tiers.device_page[seq._entries] != pages[:num]
-        tiers.free_device.free(np.concatenate([pages[:num][is_own], pages[num:]]))
+        if len(own := np.append(pages[:num][is_own], pages[num:])):
+            tiers.free_device.free(own)
         copies = tiers.plan.copies
         for target in [target for target, (_, owner) in copies.items() if owner is seq]:
             del copies[target]
@@ -456,11 +456,14 @@ class KVCache:
         seq._set_version(self._version)
         limit, tiers = self._matchable(seq), self._tiers
         entries = tiers.index.match(seq._root, seq._all_keys, limit, seq._by_page(limit))
-        is_readable = tiers.is_readable(entries)
+        is_on_device = tiers.device_page[entries] >= 0
+        if is_on_device.all():
+            return entries
+        is_readable = is_on_device | tiers.has_readable(entries)
         if not is_readable.all():
             entries = entries[: int(is_readable.argmin())]
         # A short row of pages to load at the end is computed again.
-        on_device = np.flatnonzero(tiers.device_page[entries] >= 0)
+        on_device = np.flatnonzero(is_on_device[: len(entries)])
         behind = int(on_device[-1]) + 1 if len(on_device) else 0
         return entries if len(entries) - behind >= self._min_pages else entries[:behind]
 

@@ -64,16 +64,23 @@ class Sequence:
       is_admitted: whether it has pages.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.int32], page_size: int, salt: bytes, extras: dict[int, bytes]) -> None:
+    def __init__(
+        self,
+        tokens: npt.NDArray[np.int32],
+        page_size: int,
+        version: str | bytes,
+        salt: bytes,
+        extras: dict[int, bytes],
+    ) -> None:
         self.num_cached = 0
         self.num_committed = 0
         self.is_admitted = False
         self._page_size = page_size
         self._tokens = tokens  # its own; grows with what is committed
         self._num_known = self._tokens.size
-        self._salt, self._extras = salt, extras
-        self._version: str | bytes | None = None  # that the root and the keys are of
-        self._root, self._keys = b"", list[bytes]()
+        self._version = version  # that the root and the keys are of
+        self._root, self._keys = root_key(version, salt), list[bytes]()
+        self._salt, self._extras = bytes(salt), extras
         self._lease: Lease | None = None
         # While it is admitted:
         self._entries: Entries = np.empty(0, np.intp)  # of its first pages, pinned

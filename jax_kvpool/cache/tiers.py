@@ -52,10 +52,6 @@ class Tiers(HostTier):
 
     # ---- what sequences do ----
 
-    def is_readable(self, entries: Entries) -> Any:
-        """Whether a step that is planned now can use a copy of them."""
-        return (self.device_page[entries] >= 0) | self.has_readable(entries)
-
     def commit(self, keys: list[bytes], parent: int | bytes, tokens: Pages, pages: Pages) -> Entries:
         """The entries of pages in a row that a sequence has computed, pinned by it. Where there is one, it stays as it
         is, and the sequence's page its own, unless it is on the device only there."""
@@ -76,10 +72,9 @@ class Tiers(HostTier):
 
     def take(self, num: int) -> Pages:
         """Device pages for sequences, of at least so many available ones."""
-        missing = num - self.free_device.num_free
-        if missing > 0:
-            self._evict_from_device(missing)
-        return self.free_device.allocate(num)
+        num_free = min(num, self.free_device.num_free)
+        pages = self.free_device.allocate(num_free)
+        return pages if num == num_free else np.append(pages, self._evict_from_device(num - num_free))
 
     def load(self, entries: Entries, pages: Pages) -> None:
         """Plans that pages of the host pool come into these device pages, in this step or a later one."""
@@ -101,9 +96,10 @@ class Tiers(HostTier):
 
     def close(self, max_loads: int) -> Plan:
         plan = self.plan
-        plan.loads = np.array([entry for entry, step in self.loading.items() if not step][:max_loads], np.intp)
-        self.loading.update(dict.fromkeys(plan.loads.tolist(), plan.step))
-        self.touched[self.host_page[plan.loads]] = plan.step
+        if loads := [entry for entry, step in self.loading.items() if not step][:max_loads]:
+            plan.loads = np.array(loads)
+            self.loading.update(dict.fromkeys(loads, plan.step))
+            self.touched[self.host_page[plan.loads]] = plan.step
         self.closed = plan
         self.open += 1
         self.plan = Plan(self.open)
@@ -197,8 +193,8 @@ class Tiers(HostTier):
         self.plan.stores.update(zip(pages.tolist(), self.device_page[entries].tolist(), strict=True))
         return entries
 
-    def _evict_from_device(self, num: int) -> None:
-        """Frees the pages of the least recently used entries, which go to the host pool if they are not there yet."""
+    def _evict_from_device(self, num: int) -> Pages:
+        """The pages of the least recently used entries, which go to the host pool if they are not there yet."""
         entries = self.device.take_oldest(num)
         if self.num_host:
             self._add_to_host(entries)  # as its most recent ones, as those that follow
@@ -209,7 +205,7 @@ class Tiers(HostTier):
         self.metrics.evicted["device"] += num
         self.metrics.unused["device"] += int(np.count_nonzero(self._uses[entries] < 2))
         self.metrics.unsaved["device"] += int(np.count_nonzero(self.host_page[entries] < 0))
-        self._free_device_pages(entries)
+        return self._take_device_pages_of(entries)
 
     def _drop_loads(self, entries: list[int]) -> None:
         """Nothing comes into the device pages of these entries any more."""
@@ -219,7 +215,12 @@ class Tiers(HostTier):
             self._free_device_pages(np.array(entries, np.intp))
 
     def _free_device_pages(self, entries: Entries) -> None:
-        self.device.discard(entries)
-        self.free_device.free(self.device_page[entries])
+        if len(entries):
+            self.device.discard(entries)
+            self.free_device.free(self._take_device_pages_of(entries))
+
+    def _take_device_pages_of(self, entries: Entries) -> Pages:
+        pages = self.device_page[entries]
         self.device_page[entries] = -1
         self.index.drop_copies(entries)
+        return pages
