@@ -181,10 +181,12 @@ class Engine:
     def check_match(self, seq, tokens, matched):
         assert sum(matched) < len(tokens) and not any(n % PAGE for n in matched)
 
-    def step(self, portions=None, fate="dispatched"):
-        """Computes the next tokens of some sequences: `portions`, so many of each."""
+    def step(self, portions=None, fate="dispatched", meanwhile=lambda: None):
+        """Computes the next tokens of some sequences: `portions`, so many of each. `meanwhile`: is called between the
+        plan's end and its fate."""
         moves = self.cache.step()
         self.check_moves(moves)
+        meanwhile()
         if fate == "cancelled":
             self.cache.cancelled(moves)
             return

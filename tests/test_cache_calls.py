@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 
 from jax_kvpool import DevicePool, HostPool, PageSpec, copy_pages, load, store
 from jax_kvpool.cache import KVCache, Matched, page_keys
+from jax_kvpool.cache.host_tier import HostTier
+from jax_kvpool.cache.tiers import Tiers
 
 pytest.importorskip("xxhash", reason="page stores need xxhash")
 
@@ -23,7 +25,8 @@ TOKENS = np.arange(10, dtype=np.int32)
 
 
 def new_cache(num_device=6, num_host=8, **options):
-    return KVCache(DevicePool.create(SPEC, num_device), HostPool.create(SPEC, num_host), **options)
+    options.setdefault("host", HostPool.create(SPEC, num_host))
+    return KVCache(DevicePool.create(SPEC, num_device), **options)
 
 
 def computed(cache, tokens, **options):
@@ -108,6 +111,43 @@ def test_a_hit_in_the_host_pool_is_loaded_with_the_next_plan():
     assert moves.num_loads == 2 and moves.loads[0][:2].tolist() == again.pages[:2].tolist()
     assert [len(array) for array in jax.tree.leaves(moves)] == [0, 0, 8, 8, 8, 8]
     assert cache.metrics.hits == {"device": 0, "host": 8, "store": 0}
+
+
+def test_a_prefix_loses_its_last_page_first():
+    cache = new_cache(num_device=6, host=None)
+    cache.release(computed(cache, TOKENS))
+    cache.release(computed(cache, 100 + TOKENS))
+    cache.release(computed(cache, 200 + TOKENS[:5]))
+    assert cache.match(cache.open(TOKENS)) == Matched(8, 0, 0)  # two pages were free
+    seq = cache.open(300 + TOKENS[:5])
+    assert cache.admit(seq, 5)
+    assert cache.match(cache.open(TOKENS)) == Matched(4, 0, 0)
+    assert cache.match(cache.open(100 + TOKENS)) == Matched(8, 0, 0)
+
+
+def test_what_leaves_the_device_is_the_last_to_leave_the_host_pool():
+    cache = new_cache(num_device=3, num_host=2, ahead=0)
+    prompts = {name: 100 * i + TOKENS[:5] for i, name in enumerate("abcdefg")}
+    # Before the last one, "a" left the device, with its copy in the host pool from before, and "c" left it earlier.
+    for name in "abcadef":
+        cache.release(computed(cache, prompts[name]))
+    assert [name for name in prompts if cache.match(cache.open(prompts[name])).host] == ["a", "d"]
+
+
+def test_what_a_plan_stores_is_found_when_it_is_dispatched():
+    cache = new_cache(num_device=2, ahead=0)
+    one = cache.open(TOKENS[:5])
+    cache.release(computed(cache, TOKENS[:5]))
+    seq = cache.open(100 + TOKENS[:5])
+    assert cache.admit(seq, 5)
+    moves = cache.step()
+    assert moves.num_stores == 1 and cache.match(one) == Matched(0, 0, 0)
+    cache.cancelled(moves)
+    assert cache.match(one) == Matched(0, 0, 0)
+    moves = cache.step()
+    assert moves.num_stores == 1 and cache.match(one) == Matched(0, 0, 0)
+    cache.dispatched(moves)
+    assert cache.match(one) == Matched(0, 4, 0)
 
 
 def test_loads_beyond_the_cap_come_with_later_plans():
@@ -445,3 +485,50 @@ def test_metrics_for_prometheus():
     assert registry.get_sample_value("jax_kvpool_requests_total") == 2
     assert registry.get_sample_value("jax_kvpool_hits_total", {"tier": "device"}) == 8
     assert registry.get_sample_value("jax_kvpool_occupancy", {"tier": "device"}) == pytest.approx(4 / 6)
+
+
+def head_first(patch):
+    unpin = HostTier.unpin
+    patch.setattr(HostTier, "unpin", lambda self, entries: unpin(self, entries[::-1]))
+
+
+def a_victim_that_is_not_stored(patch):
+    patch.setattr(Tiers, "_store", lambda self, entries: entries[:0])
+
+
+def a_victim_that_is_not_the_most_recent(patch):
+    evict, add = Tiers._evict_from_device, Tiers._add_to_host
+
+    def broken(self, num):
+        patch.setattr(Tiers, "_add_to_host", lambda self, entries: add(self, entries[~self.host.has(entries)]))
+        pages = evict(self, num)
+        patch.setattr(Tiers, "_add_to_host", add)
+        return pages
+
+    patch.setattr(Tiers, "_evict_from_device", broken)
+
+
+def ready_before_it_is_dispatched(patch):
+    close = Tiers.close
+
+    def broken(self, max_loads):
+        plan = close(self, max_loads)
+        self.dispatched = plan.step
+        return plan
+
+    patch.setattr(Tiers, "close", broken)
+
+
+FOUND_BY = {
+    ready_before_it_is_dispatched: test_what_a_plan_stores_is_found_when_it_is_dispatched,
+    head_first: test_a_prefix_loses_its_last_page_first,
+    a_victim_that_is_not_stored: test_a_hit_in_the_host_pool_is_loaded_with_the_next_plan,
+    a_victim_that_is_not_the_most_recent: test_what_leaves_the_device_is_the_last_to_leave_the_host_pool,
+}
+
+
+@pytest.mark.parametrize("mutant", FOUND_BY, ids=lambda mutant: mutant.__name__)
+def test_tests_find_what_is_wrong(mutant, monkeypatch):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        FOUND_BY[mutant]()
