@@ -3,6 +3,7 @@ to it. So a page that is not what it should be is seen."""
 
 import concurrent.futures
 import itertools
+import time
 import types
 
 import jax
@@ -13,6 +14,13 @@ from jax_kvpool.cache import KVCache, index, page_keys
 
 PAGE = 4
 SPEC = PageSpec.uniform(PAGE, 1, {"k": ((8,), "float32")})
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 20
+    while not (is_true := condition()) and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    return is_true
 
 
 class Output:
@@ -53,8 +61,11 @@ class ShortKeys(dict):
     def get(self, key, default):
         return super().get(b"", default)
 
-    def setdefault(self, key, entry):
-        return super().setdefault(b"", entry)
+    def __contains__(self, key):
+        return super().__contains__(b"")
+
+    def __setitem__(self, key, entry):
+        super().__setitem__(b"", entry)
 
     def __delitem__(self, key):
         super().__delitem__(b"")
@@ -298,7 +309,7 @@ class Engine:
                     assert page not in owners, page
                     owners[page] = running
         pins = {}
-        leases = [*self.cache._saving._leases] if self.stores else []
+        leases = [lease for lease in self.cache._saving._leases if not lease.is_over] if self.stores else []
         for entries in [*(running.seq._entries for running in self.running), *(lease._entries for lease in leases)]:
             for entry in entries.tolist():
                 pins[entry] = pins.get(entry, 0) + 1

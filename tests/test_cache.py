@@ -146,11 +146,6 @@ class AnyRun(stateful.RuleBasedStateMachine):
         self.run = RandomRun(seed)
 
     @stateful.rule(action=st.sampled_from([*ACTIONS]))
-    def meanwhile(self):
-        rng, engine = self.rng, self.engine
-        if rng.random() < 0.5:
-            engine.start(self.tokens(), rng.randint(0, 4), salt=self.salt())
-
     def act(self, action):
         self.run.act(action)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_engine import PAGE, SPEC, Engine, Output
+from cache_engine import PAGE, SPEC, Engine, Output, eventually
 from jax.sharding import Mesh
 
 from jax_kvpool import DevicePool, HostPool, PageSpec, copy_pages, load, store
@@ -270,13 +270,6 @@ def test_a_get_that_hangs_is_a_miss_at_its_deadline():
         cache.release(seq)
         assert eventually(lambda: (cache.poll(), cache.match(cache.open(TOKENS)).host)[1] > 0)
         assert not cache._tiers.held
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 20
-    while not (is_true := condition()) and time.monotonic() < deadline:
-        time.sleep(1e-3)
-    return is_true
 
 
 def test_a_store_that_is_closed_is_a_miss():

@@ -41,6 +41,7 @@ class HostTier:
         self.host = Recency(capacity, num_pages, ahead if saves else 0)
         self._second, self._saves = second, saves
         self._free_host = collections.deque(range(num_pages))
+        self.entry_of = np.full(num_pages, -1, np.intp)  # that had a page last
         self.held: set[int] = set()  # host pages that a store reads or writes
         self._freed_while_held: set[int] = set()
         # By host page, and of no page, which is the last one:
@@ -91,11 +92,18 @@ class HostTier:
 
     def drop(self, entries: Entries) -> None:
         """Frees all copies of entries that nobody holds."""
-        entries = entries[self.host_page[entries] >= 0]
-        self.tell("removed", "host", self.known(entries))
-        pages = self._take_pages_of(entries)
+        self._tell_removed(self.known(entries))
+        pages = self._take_pages_of(entries[self.host_page[entries] >= 0])
         self.stored[pages] = 0
         self.give(pages.tolist())
+
+    def reset(self) -> None:
+        """Nothing that is known now is ever found again; what is held stays until it is released."""
+        entries = self.index.entries()
+        held = entries[self.pins[entries] > 0]
+        self._tell_removed(held)
+        self.index.hide(held)
+        self.drop(entries[self.pins[entries] == 0])
 
     def known(self, entries: Entries) -> Entries:
         """Those that are not hidden."""
@@ -114,6 +122,7 @@ class HostTier:
             pages += self._evict_from_host(missing, self.stored, self.dispatched)
         entries, targets = entries[: len(pages)], np.array(pages, np.int32)
         self.host_page[entries] = targets
+        self.entry_of[targets] = entries
         self.stored[targets] = self.touched[targets] = self.open
         self.index.copies[entries] += 1
         self.tell("stored", "host", entries)
@@ -153,18 +162,22 @@ class HostTier:
 
     def insert_fetched(self, keys: list[bytes], parent: int | bytes, tokens: Pages, pages: list[int]) -> Entries:
         """The entries of pages in a row that a store has written into these host pages, pinned. A page that the host
-        pool has by now is given back."""
+        pool has by now is given back. Fewer than keys: the next one has another page, or is being stored."""
         entries, _ = self.insert(keys, parent, tokens)
         fetched = np.array(pages, np.int32)
         absent = self.host_page[entries] < 0
         targets = entries[absent]
-        self.host_page[targets] = fetched[: len(entries)][absent]
-        self.stored[self.host_page[targets]] = 0
+        used = self.host_page[targets] = fetched[: len(entries)][absent]
+        self.entry_of[used] = targets
+        self.stored[used] = 0
         self.index.copies[targets] += 1
         self.is_saved[targets] = self.is_fetched[targets] = True
-        self.give(sorted({*pages}.difference(self.host_page[targets].tolist())))
+        self.give(sorted({*pages}.difference(used.tolist())))
         self.tell("stored", "host", targets)
-        return entries
+        is_readable = self.has_readable(entries)
+        num = len(entries) if is_readable.all() else int(is_readable.argmin())
+        self.unpin(entries[num:])
+        return entries[:num]
 
     # ---- who goes ----
 
@@ -208,6 +221,10 @@ class HostTier:
         self.host_page[entries] = -1
         self.index.drop_copies(entries)
         return pages
+
+    def _tell_removed(self, entries: Entries) -> None:
+        """From all tiers."""
+        self.tell("removed", "host", entries[self.host_page[entries] >= 0])
 
     def tell(self, what: Literal["stored", "removed"], tier: str, entries: Entries) -> None:
         if self.metrics.on_event is not None:

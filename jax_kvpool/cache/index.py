@@ -19,7 +19,7 @@ __all__ = ["Entries", "Index", "Recency"]
 Entries = npt.NDArray[np.intp]
 
 _NONE: Final = np.empty(0, np.intp)
-_KEY_BYTES: Final = 32
+KEY_BYTES: Final = 32
 _MOST: Final = 256  # pages that are compared at once
 
 
@@ -41,7 +41,7 @@ class Index:
         self.tokens = _full(capacity * page_size, 0).reshape(capacity, page_size)
         self.serial = _full(capacity, 0, np.int64)  # 0: of a page that is not found (any more)
         self.copies = _full(capacity, 0, np.int8)
-        self._keys = _full(capacity * _KEY_BYTES, 0, np.uint8).reshape(capacity, _KEY_BYTES)
+        self._keys = _full(capacity * KEY_BYTES, 0, np.uint8).reshape(capacity, KEY_BYTES)
         self._parent = _full(capacity, -1)
         self._parent_serial = _full(capacity, 0, np.int64)
         self._child_of = array("i", [-1]) * capacity  # quicker one by one
@@ -68,25 +68,35 @@ class Index:
             (-1, _serial_of_root(parent)) if isinstance(parent, bytes) else (parent, int(self.serial[parent]))
         )
         known = self._walk(last, serial, lambda _: keys, len(keys), tokens)
-        if (num := len(keys) - len(known)) == 0:
+        missing = keys[len(known) :]
+        if not missing:
             return known, _NONE
         if len(known):
             last, serial = int(known[-1]), int(self.serial[known[-1]])
-        new = self._unused[self._num_unused - num : self._num_unused][::-1].copy()
-        missing, first = keys[len(known) :], int(new[0])
-        if last >= 0 and self._child[last] < 0:
-            self._child[last] = first
-        elif self._by_key[missing[0][0]].setdefault(missing[0], first) != first:
+        is_by_key = last < 0 or self._child[last] >= 0
+        if is_by_key and missing[0] in self._by_key[missing[0][0]]:
             return known, _NONE
-        self._num_unused -= num
-        self.serial[new] = np.arange(self._last_serial + 1, self._last_serial + 1 + num)
-        self._last_serial += num
+        new = self._add(missing)
+        first = int(new[0])
+        if is_by_key:
+            self._by_key[missing[0][0]][missing[0]] = first
+        else:
+            self._child[last] = first
         self._parent[first], self._parent_serial[first] = last, serial
         self._parent[new[1:]], self._parent_serial[new[1:]] = new[:-1], self.serial[new[:-1]]
-        self._child[new[:-1]], self._child[new[-1]] = new[1:], -1
+        self._child[new[:-1]] = new[1:]
         self.tokens[new] = tokens[len(known) :]
-        self._keys[new] = _rows(missing)
         return np.concatenate([known, new]), new
+
+    def _add(self, keys: list[bytes]) -> Entries:
+        """New entries of these keys, in no row."""
+        self._num_unused -= len(keys)
+        new = self._unused[self._num_unused : self._num_unused + len(keys)][::-1].copy()
+        self.serial[new] = np.arange(self._last_serial + 1, self._last_serial + 1 + len(keys))
+        self._last_serial += len(keys)
+        self._keys[new] = _rows(keys)
+        self._parent[new] = self._child[new] = -1
+        return new
 
     def drop_copies(self, entries: Entries) -> None:
         """Each of them has a copy less. Those that have none any more are forgotten."""
@@ -109,7 +119,7 @@ class Index:
         self.serial[entries] = 0
 
     def keys(self, entries: Entries) -> list[bytes]:
-        keys: list[bytes] = self._keys[entries].view(f"V{_KEY_BYTES}").ravel().tolist()
+        keys: list[bytes] = self._keys[entries].view(f"V{KEY_BYTES}").ravel().tolist()
         return keys
 
     def entries(self) -> Entries:
@@ -167,7 +177,7 @@ def _leading(entries: Entries, rows: npt.NDArray[Any], others: npt.NDArray[Any])
 
 
 def _rows(keys: list[bytes]) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY_BYTES)
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
 
 
 def _serial_of_root(root: bytes) -> int:

@@ -14,7 +14,7 @@ from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, checked_seco
 from jax_kvpool.cache.index import Entries
 from jax_kvpool.cache.keys import extras_by_page, root_key, token_array
 from jax_kvpool.cache.metrics import Event, Metrics
-from jax_kvpool.cache.saving import Lease, Saving
+from jax_kvpool.cache.saving import Lease, Saving, checked_share, checked_stores
 from jax_kvpool.cache.sequence import Matched, Moves, Sequence
 from jax_kvpool.cache.tiers import Tiers
 from jax_kvpool.device_pool import DevicePool
@@ -85,8 +85,8 @@ class KVCache:
             checked_kind("host", host, HostPool, "HostPool.create(device.spec, num_pages) makes one")
             if host.spec != device.spec:
                 raise ValueError(f"host: expected a pool of {device.spec}, as the device pool, got one of {host.spec}")
-        if isinstance(ahead, bool) or not isinstance(ahead, int | float) or not 0 <= ahead <= 1:
-            raise ValueError(f"ahead: expected a number of 0 to 1, got {shown(ahead)}")
+        ahead = checked_share("ahead", ahead)
+        stores = checked_stores(stores, host)
         self.metrics = Metrics(on_event=on_event)
         self._page_size: Final = device.spec.page_size
         self._host = host
@@ -98,14 +98,9 @@ class KVCache:
             reserved=reserved,
             ahead=ahead,
             second=checked_kind("second", second, bool, "pass True or False"),
-            saves=bool(stores := [*stores]),
+            saves=bool(stores),
         )
-        self._saving = None
-        if stores:
-            if host is None or len(stores) != len(host.memories):
-                shards = 0 if host is None else len(host.memories)
-                raise ValueError(f"stores: expected one for each shard of the host pool, {shards}, got {len(stores)}")
-            self._saving = Saving(self._tiers, host, stores)
+        self._saving = Saving(self._tiers, host, stores) if host is not None and stores else None
         self._min_pages = checked_int("min_pages", min_pages, 1)
         self._max_loads = checked_int("max_loads", max_loads, 1, MAX_INT32)
         self._make_ids = make_ids
@@ -156,14 +151,14 @@ class KVCache:
         limit, entries = self._matchable(seq), self._look_up(seq)
         self._matched = None
         if (num := len(entries)) < limit:
-            seq._lease = Lease(self._tiers, entries)
+            seq._lease = Lease(self._tiers, entries, ends=True)
             keys, tokens = seq._all_keys(limit)[num:limit], seq._by_page(limit)[num:].copy()
             self._saving.request(seq._lease, seconds, seq._root, keys, tokens)
 
     def is_fetching(self, seq: Sequence) -> bool:
         """Whether pages that it has asked for may still come before its deadline."""
         self._check_kind(seq)
-        return seq._lease is not None and not (seq._lease.is_over or seq._lease.is_done)
+        return seq._lease is not None and not seq._lease.is_done
 
     def admit(self, seq: Sequence, num_tokens: int) -> bool:
         """Makes room for the first `num_tokens` tokens of a sequence, those that are cached included: `seq.pages` then
@@ -430,20 +425,15 @@ class KVCache:
         in so many seconds. Whoever closes the stores behind that waits for what is left. Idempotent."""
         self._matched = None
         flush = flush and checked_seconds("flush", flush)
-        if self._saving is None:
-            return
-        self._saving.end_all()
-        if flush:
-            self.poll()
-            self._saving.flush(flush)
-        self._saving.end_all()
+        if self._saving is not None:
+            self._saving.close(flush)
 
     # ---- what they share ----
 
     def _end_lease(self, seq: Sequence) -> None:
-        lease, seq._lease = seq._lease, None
-        if lease is not None and self._saving is not None:
-            self._saving.end(lease)
+        if seq._lease is not None:
+            seq._lease._end()
+            seq._lease = None
 
     def _match(self, seq: Sequence) -> Entries:
         """The entries of the pages that need not be computed. What was found last is so until a call changes

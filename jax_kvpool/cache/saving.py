@@ -10,47 +10,80 @@ import collections
 import concurrent.futures
 import math
 import time
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from jax_kvpool._check import shown
 from jax_kvpool.cache.host_tier import HostTier
 from jax_kvpool.cache.index import Entries
 from jax_kvpool.host_pool import HostPool
 
-__all__ = ["Lease", "Saving"]
+if TYPE_CHECKING:
+    from jax_kvpool.stores import PageStore  # which needs more than the cache does
+
+__all__ = ["Lease", "Saving", "checked_share", "checked_stores"]
 
 _PAGES_PER_CALL: Final = 64
 _MAX_GETS: Final = 2  # calls at once, so that a store's threads are never all in gets that hang
 
 
 class Lease:
-    """Pages of the host pool that stay as they are for who has it, until it is freed.
+    """Pages of the host pool that nobody writes and nobody else gets, for who has it, until it is freed.
 
     Attributes:
-      is_done: whether all pages that it has asked the stores for came, or will not.
-      is_over: whether it is freed, or its deadline is over.
+      pages: ids of host pages, int32, in the order of the keys.
+      generations: a number for each page, int64, another one whenever it gets another key.
+      is_filled: for each page, whether its content is there.
+      is_new: for each page, whether who has the lease is to fill it; see `HostCache.store`.
+      is_done: whether it gets no more pages; see `HostCache.prefetch`.
+      is_over: whether it is freed.
     """
 
-    def __init__(self, tier: HostTier, entries: Entries) -> None:
-        self._tier = tier
+    def __init__(self, tier: HostTier, entries: Entries, *, ends: bool = False) -> None:
+        """`ends`: it is over at the deadline of what it has asked for, too."""
+        self._tier, self._ends = tier, ends
         self._entries = entries  # pinned
+        self._new = entries[:0]  # that are to be filled
         self.is_done, self.is_over = True, False
         self._deadline = math.inf
         # What is asked for behind the entries:
         self._root, self._keys, self._tokens = b"", list[bytes](), np.empty((0, 0), np.int32)
         tier.pin(entries)
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     @property
     def pages(self) -> npt.NDArray[np.int32]:
-        """Ids of host pages, in the order of the keys."""
+        if self.is_over:
+            raise ValueError("lease: expected one that is not freed; its pages may be anything by now")
         return self._tier.host_page[self._entries]
 
     @property
     def generations(self) -> npt.NDArray[np.int64]:
-        """Of each page: another number whenever it has another content."""
         return self._tier.index.serial[self._entries]
+
+    @property
+    def is_filled(self) -> npt.NDArray[np.bool_]:
+        return self._tier.has_readable(self._entries)
+
+    @property
+    def is_new(self) -> npt.NDArray[np.bool_]:
+        return np.isin(self._entries, self._new)
+
+    def _stop(self) -> None:
+        self.is_done = True
+        if self._ends:
+            self._end()
+
+    def _end(self) -> None:
+        self.is_done = True
+        if not self.is_over:
+            self.is_over = True
+            self._tier.unpin(self._entries)
 
 
 class _Call:
@@ -96,26 +129,20 @@ class Saving:
         self._gets = list[tuple[_Call, Lease]]()
         self._waiting = collections.deque[Lease]()
         self._found = collections.deque[tuple[Lease, int]]()  # with so many pages that the store has
-        self._leases = dict[Lease, None]()  # with a deadline
+        self._leases = list[Lease]()  # with a deadline that is not over
 
     def request(self, lease: Lease, seconds: float, root: bytes, keys: list[bytes], tokens: Any) -> None:
         """Gets the pages of these keys, behind those that a lease has. It is over after so many seconds."""
         lease._root, lease._keys, lease._tokens = root, keys, tokens
         lease._deadline, lease.is_done = time.monotonic() + seconds, False
-        self._leases[lease] = None
+        self._leases.append(lease)
         self._waiting.append(lease)
-
-    def end(self, lease: Lease) -> None:
-        """Nobody has it any more."""
-        if not lease.is_over:
-            lease.is_over = True
-            self._tier.unpin(lease._entries)
-            self._leases.pop(lease, None)
 
     def end_all(self) -> None:
         """Nothing that is under way is wanted: what it brings is dropped."""
-        for lease in [*self._leases]:
-            self.end(lease)
+        for lease in self._leases:
+            lease._stop()
+        self._leases.clear()
         self._cold.clear()
         self._waiting.clear()
         self._found.clear()
@@ -124,15 +151,24 @@ class Saving:
 
     def poll(self) -> None:
         now = time.monotonic()
-        for lease in [lease for lease in self._leases if lease._deadline <= now]:
-            self._metrics.late += not lease.is_done
-            self.end(lease)
+        for lease in self._leases:
+            if not lease.is_done and lease._deadline <= now:
+                self._metrics.late += 1
+                lease._stop()
+        self._leases = [lease for lease in self._leases if not lease.is_over and lease._deadline > now]
         self._finish_put()
         self._finish_gets()
         self._begin_gets()
         self._begin_put()
 
-    def flush(self, seconds: float) -> None:
+    def close(self, flush: float) -> None:
+        self.end_all()
+        if flush:
+            self.poll()
+            self._flush(flush)
+        self.end_all()
+
+    def _flush(self, seconds: float) -> None:
         """Puts whatever is in the host pool and not in a store, as far as it gets in so many seconds."""
         tier, deadline = self._tier, time.monotonic() + seconds
         entries = tier.index.entries()
@@ -184,11 +220,11 @@ class Saving:
     def _begin_gets(self) -> None:
         while self._waiting and len(self._lookups) + len(self._gets) < _MAX_GETS:
             lease = self._waiting.popleft()
-            if not lease.is_over:
+            if not lease.is_done:
                 self._lookups.append((self._call("contains", lease._keys, []), lease))
         while self._found and len(self._lookups) + len(self._gets) < _MAX_GETS:
             lease, num = self._found[0]
-            if not lease.is_over:
+            if not lease.is_done:
                 room = self._max_pages - sum(len(call.pages) for call, _ in self._gets)
                 pages = self._tier.take_idle(min(num, room, _PAGES_PER_CALL))
                 if not pages:
@@ -201,7 +237,7 @@ class Saving:
         for call, lease in [lookup for lookup in self._lookups if lookup[0].is_done()]:
             self._lookups.remove((call, lease))
             num = call.num_hits(self._metrics)
-            if num and lease._keys and not lease.is_over:
+            if num and lease._keys and not lease.is_done:
                 self._found.append((lease, num))
             else:
                 lease.is_done = True
@@ -215,17 +251,18 @@ class Saving:
         tier.release_held(call.pages)
         if not lease._keys or (lease.is_over and len(entries)):  # nobody wants it, or what it follows may be gone
             num = 0
+        fetched = entries[:0]
         if num:
             parent = int(entries[-1]) if len(entries) else lease._root
             fetched = tier.insert_fetched(lease._keys[:num], parent, lease._tokens[:num], call.pages[:num])
             self._metrics.fetched += len(fetched)
-            if lease.is_over:
+            if lease.is_done:
                 tier.unpin(fetched)
             else:
                 lease._entries = np.concatenate([entries, fetched])
             lease._keys, lease._tokens = lease._keys[num:], lease._tokens[num:]
         tier.give(call.pages[num:])
-        if lease._keys and num == len(call.pages) and not lease.is_over:
+        if lease._keys and len(fetched) == len(call.pages) and not lease.is_done:
             self._waiting.append(lease)  # for the rest
         else:
             lease.is_done = True
@@ -241,3 +278,16 @@ class Saving:
                 failed.set_exception(error)
                 futures.append(failed)
         return _Call(futures, keys, pages)
+
+
+def checked_stores(stores: Iterable[PageStore], host: HostPool | None) -> list[PageStore]:
+    stores, shards = [*stores], 0 if host is None else len(host.memories)
+    if stores and len(stores) != shards:
+        raise ValueError(f"stores: expected one for each shard of the host pool, {shards}, got {len(stores)}")
+    return stores
+
+
+def checked_share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number of 0 to 1, got {shown(value)}")
+    return float(value)

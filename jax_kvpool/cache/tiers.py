@@ -150,18 +150,8 @@ class Tiers(HostTier):
         good = entries[is_good]
         self._add_to_host(good[~self.host.has(good)])
 
-    def reset(self) -> None:
-        """Nothing that is known now is ever found again; what sequences hold stays until they release it."""
-        entries = self.index.entries()
-        held = entries[self.pins[entries] > 0]
-        for tier, pages in (("device", self.device_page), ("host", self.host_page)):
-            self.tell("removed", tier, held[pages[held] >= 0])
-        self.index.hide(held)
-        self.drop(entries[self.pins[entries] == 0])
-
     def drop(self, entries: Entries) -> None:
         on_device = entries[self.device_page[entries] >= 0]
-        self.tell("removed", "device", self.known(on_device))
         for entry in on_device.tolist() if self.loading else ():
             self.loading.pop(entry, None)
         pages = self.host_page[entries]
@@ -206,6 +196,10 @@ class Tiers(HostTier):
         self.metrics.unused["device"] += int(np.count_nonzero(self._uses[entries] < 2))
         self.metrics.unsaved["device"] += int(np.count_nonzero(self.host_page[entries] < 0))
         return self._take_device_pages_of(entries)
+
+    def _tell_removed(self, entries: Entries) -> None:
+        self.tell("removed", "device", entries[self.device_page[entries] >= 0])
+        super()._tell_removed(entries)
 
     def _drop_loads(self, entries: list[int]) -> None:
         """Nothing comes into the device pages of these entries any more."""
