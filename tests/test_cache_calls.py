@@ -1,25 +1,18 @@
 """`KVCache`: what its calls mean, one by one, and what is refused."""
 
 import re
-import threading
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_engine import PAGE, SPEC, Engine, Output, eventually
+from cache_engine import PAGE, SPEC, Engine, Output
 from jax.sharding import Mesh
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, copy_pages, load, store
+from jax_kvpool import DevicePool, HostPool, PageSpec
 from jax_kvpool.cache import KVCache, Matched, page_keys
 from jax_kvpool.cache.host_tier import HostTier
 from jax_kvpool.cache.tiers import Tiers
-
-pytest.importorskip("xxhash", reason="page stores need xxhash")
-
-from jax_kvpool.stores import FileStore, MemoryStore, Namespace
-from jax_kvpool.stores.memory import Fault
 
 TOKENS = np.arange(10, dtype=np.int32)
 
@@ -179,110 +172,6 @@ def test_a_failed_step_takes_all_that_it_may_have_touched():
             cache.poll()
     cache.failed(moves)
     assert not seq.is_admitted and cache.match(cache.open(TOKENS)) == Matched(0, 0, 0)
-    assert cache.admit(seq, 10)
-
-
-def test_a_step_of_a_real_engine(tmp_path):
-    """Copies, stores and loads inside jit; the third tier in files; a restart."""
-    spec = PageSpec.uniform(PAGE, 2, {"k": ((2, 8), "float32"), "v": ((2, 8), "float32")})
-
-    @jax.jit
-    def step(device, host, moves, pages, tokens):
-        device = copy_pages(device, *moves.copies)
-        device = load(store(device, host, *moves.stores), host, *moves.loads)
-        values = tokens.reshape(-1, PAGE, 1, 1).astype(jnp.float32)
-        arrays = jax.tree.map(
-            lambda a: a.at[pages].set(jnp.broadcast_to(values, (len(pages), *a.shape[1:]))), device.arrays
-        )
-        return jnp.sum(tokens), device.with_arrays(arrays)
-
-    class Process:
-        def __init__(self, directory):
-            self.device, self.host = DevicePool.create(spec, 4), HostPool.create(spec, 16)
-            self.store = FileStore(Namespace(self.host.spec, self.host.layout, "m"), directory)
-            self.cache = KVCache(self.device, self.host, stores=[self.store], ahead=1)
-
-        def step(self, pages=(), tokens=()):
-            moves = self.cache.step()
-            done, self.device = step(
-                self.device, self.host, moves, np.array(pages, np.int32), np.array(tokens, np.int32)
-            )
-            self.cache.dispatched(moves, done)
-            done.block_until_ready()
-            self.cache.poll()
-
-        def run(self, tokens, seconds=0.0):
-            cache, tokens = self.cache, np.asarray(tokens, np.int32)
-            seq = cache.open(tokens)
-            if seconds:
-                cache.prefetch(seq, seconds)
-                while cache.is_fetching(seq):
-                    cache.poll()
-            assert cache.admit(seq, len(tokens))
-            begin = seq.num_cached // PAGE
-            self.step(seq.pages[begin:], np.resize(tokens[begin * PAGE :], (len(seq.pages) - begin) * PAGE))
-            for array in jax.tree.leaves(self.device.arrays):
-                content = np.asarray(array)[seq.pages[: len(tokens) // PAGE], :, 0, 0].reshape(-1)
-                np.testing.assert_array_equal(content, tokens[: len(content)])
-            cache.commit(seq, tokens[seq.num_cached :])
-            cache.release(seq)
-            return seq
-
-        def close(self):
-            self.step()
-            self.cache.close(flush=20)
-            self.store.close()
-            self.host.close()
-
-    def served():
-        process = Process(tmp_path)
-        prompts = [np.arange(i, i + 13) for i in range(0, 300, 100)]
-        for prompt in [*prompts, *prompts, prompts[2]]:
-            process.run(prompt, seconds=20)
-        process.close()
-        return process.cache.metrics
-
-    first = served()
-    assert first.hits["device"] > 0 < first.hits["host"] and first.hits["store"] == 0 and first.saved == 9
-    second = served()
-    assert second.hits["store"] == 36 and second.fetched == 9 and not second.failures
-
-
-def test_a_get_that_hangs_is_a_miss_at_its_deadline():
-    """Its host page stays away from everybody until the get is over; then it is a page like any other."""
-    host, hangs = HostPool.create(SPEC, 8), threading.Event()
-    namespace = Namespace(host.spec, host.layout, "m")
-    with MemoryStore(namespace) as store:
-        records = [host.unchecked_record(page) for page in (0, 1)]
-        assert all(result.is_hit for result in store.put([*page_keys(TOKENS, PAGE)], records))
-        store.faults.append(Fault("get", before=hangs.wait))
-        cache = KVCache(DevicePool.create(SPEC, 6), host, stores=[store])
-        seq, begin = cache.open(TOKENS), time.monotonic()
-        cache.prefetch(seq, 0.1)
-        while cache.is_fetching(seq):
-            cache.poll()
-            time.sleep(1e-3)
-        assert time.monotonic() - begin < 5 and cache.metrics.late == 1
-        assert cache.admit(seq, 10) and seq.num_cached == 0
-        held = set(cache._tiers.held)
-        assert held and not held & set(cache._tiers._free_host)
-        hangs.set()
-        cache.release(seq)
-        assert eventually(lambda: (cache.poll(), cache.match(cache.open(TOKENS)).host)[1] > 0)
-        assert not cache._tiers.held
-
-
-def test_a_store_that_is_closed_is_a_miss():
-    host = HostPool.create(SPEC, 8)
-    store = MemoryStore(Namespace(host.spec, host.layout, "m"))
-    cache = KVCache(DevicePool.create(SPEC, 3), host, stores=[store])
-    store.close()
-    seq = cache.open(TOKENS)
-    cache.prefetch(seq, 20)
-    while cache.is_fetching(seq):
-        cache.poll()
-    assert cache.match(seq) == Matched(0, 0, 0)
-    assert cache.metrics.failures == {"RuntimeError: MemoryStore is closed": 2}
     assert cache.admit(seq, 10)
 
 
