@@ -37,7 +37,7 @@ from server import Request, Server  # noqa: E402
 from trace_replay import TOLERANCE, read_trace, requests_of  # noqa: E402
 
 from jax_kvpool import host_ids  # noqa: E402
-from jax_kvpool.cache.replay import replay, table  # noqa: E402
+from jax_kvpool.replay import replay, table  # noqa: E402
 from jax_kvpool.stores import FileStore, Namespace  # noqa: E402
 
 BLOCK_TOKENS = 512

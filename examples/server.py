@@ -121,8 +121,8 @@ class Server:
         self.host = HostPool.create(spec, host_pages) if host_pages else None
         self.stores = open_stores(self.host) if self.host else ()
         self.store_seconds = store_seconds
-        # All that a sequence has to load comes with its first step.
-        self.options = {"stores": self.stores, "max_loads": device_pages} | options
+        # All that a sequence has to load comes with its first step; also what a tiny model computes sooner.
+        self.options = {"stores": self.stores, "max_loads": device_pages, "min_pages": 1} | options
         self.cache = KVCache(self.device, self.host, **self.options)
         for num_new in (config.prefill_tokens, 1):  # compiles both kinds of step
             self.step([], num_new)

@@ -2,7 +2,7 @@
 
 import sys
 
-from jax_kvpool.cache import replay
+from jax_kvpool import replay
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["replay"]:

@@ -155,15 +155,19 @@ class Engine:
         self.device, self.host = [[None] * PAGE for _ in range(num_device)], [[None] * PAGE for _ in range(num_host)]
         host = HostPool.create(SPEC, num_host)
         host.memories *= max(len(stores), 1)  # as if it had so many shards
+        options.setdefault("min_pages", 1)
         self.cache = KVCache(DevicePool.create(SPEC, num_device), host, stores=stores, **options)
         if num_keys is not None:
             forget_keys(self.cache._tiers.index, num_keys)
         self.stores, self.version = stores, b""
+        self.now = 0.0  # virtual seconds, which pass when somebody says so
         for store in stores:
             store.engine = self
         if stores:
             self.cache._saving._host = types.SimpleNamespace(unchecked_record=lambda page, shard: page)
+            self.cache._saving._now = lambda: self.now
         self.waiting = []  # sequences that have asked the stores, and their tokens and salts
+        self.deadlines = {}
         self.running = []
         self.copies_of_moves = {}
         self.in_flight = []  # (moves, output, host pages that it wrote)
@@ -175,6 +179,12 @@ class Engine:
         seq = self.cache.open(np.array(tokens, np.int32), **options)
         self.cache.prefetch(seq, seconds)
         self.waiting.append((seq, tokens, options))
+        self.deadlines[seq] = self.now + seconds
+
+    def poll(self):
+        self.cache.poll()
+        for seq, _, _ in self.waiting:  # nobody waits longer than he says
+            assert not self.cache.is_fetching(seq) or self.now < self.deadlines[seq]
 
     def start(self, tokens, num_more=0, seq=None, **options):
         seq = self.cache.open(np.array(tokens, np.int32), **options) if seq is None else seq
@@ -255,7 +265,7 @@ class Engine:
             for array, copy in zip(jax.tree.leaves(moves), self.copies_of_moves.pop(moves.step), strict=True):
                 np.testing.assert_array_equal(array, copy)  # a step may read them until it is done
         del self.in_flight[:num]
-        self.cache.poll()
+        self.poll()
 
     def release(self, running):
         self.cache.release(running.seq)

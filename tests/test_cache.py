@@ -29,6 +29,7 @@ ACTIONS = {
     "give up": 0.5,
     "store": 20,
     "restart": 0.5,
+    "time": 3,
 }
 
 
@@ -106,7 +107,9 @@ class RandomRun:
             engine.version = str(rng.random()).encode()
             engine.cache.reset(engine.version)
         elif action == "prefetch" and len(engine.waiting) < 3:
-            engine.wait(self.tokens(), rng.choice([100, 100, 100, 1e-6]), salt=self.salt())
+            engine.wait(self.tokens(), rng.choice([1, 10, 100]), salt=self.salt())
+        elif action == "time":
+            engine.now += rng.choice([0.01, 1, 10])
         elif action == "admit" and waiting:
             engine.waiting.remove(waiting)
             seq, tokens, options = waiting
@@ -117,7 +120,7 @@ class RandomRun:
                 engine.cache.release(waiting[0])
         elif action == "store" and store:
             store.go_on(rng.randrange(9), rng.choice(["works"] * 10 + ["fails", "raises"]), rng.randrange(9))
-            engine.cache.poll()
+            engine.poll()
         elif action == "restart":
             self.restart()
         self.engine.check()
@@ -300,7 +303,12 @@ def tokens_that_are_not_computed_are_committed(patch):
     patch.setattr(KVCache, "_index_pages", broken)
 
 
+def a_deadline_that_is_forgotten(patch):
+    patch.setattr(saving.Lease, "_stop", lambda self: None)
+
+
 MUTANTS = [
+    a_deadline_that_is_forgotten,
     tokens_are_not_compared,
     a_version_that_stays,
     tokens_that_are_not_computed_are_committed,

@@ -19,6 +19,7 @@ TOKENS = np.arange(10, dtype=np.int32)
 
 def new_cache(num_device=6, num_host=8, **options):
     options.setdefault("host", HostPool.create(SPEC, num_host))
+    options.setdefault("min_pages", 1)
     return KVCache(DevicePool.create(SPEC, num_device), **options)
 
 
@@ -297,7 +298,7 @@ def test_numbers_of_any_kind(door):
     expected = repr(call(3))
     for same in (np.int32(3), np.uint8(3), np.int64(3), np.array(3), jnp.int32(3)):
         assert repr(call(same)) == expected
-    for wrong in (3.0, True, "3", None, np.float32(3)):
+    for wrong in (3.0, True, "3", np.float32(3), *([None] if door != "min_pages" else [])):
         with pytest.raises(TypeError, match=f"^{door.split()[0]}: expected"):
             call(wrong)
 
@@ -357,7 +358,7 @@ def test_events_of_what_goes_all_at_once(end):
 
 def test_metrics_for_prometheus():
     prometheus_client = pytest.importorskip("prometheus_client")
-    from jax_kvpool.cache.prometheus import Collector
+    from jax_kvpool.prometheus import Collector
 
     cache = new_cache()
     computed(cache, TOKENS)
@@ -367,6 +368,14 @@ def test_metrics_for_prometheus():
     assert registry.get_sample_value("jax_kvpool_requests_total") == 2
     assert registry.get_sample_value("jax_kvpool_hits_total", {"tier": "device"}) == 8
     assert registry.get_sample_value("jax_kvpool_occupancy", {"tier": "device"}) == pytest.approx(4 / 6)
+    for seconds in (0.0005, 0.003, 0.003, 100):
+        cache.metrics.waits["prefetch"].add(seconds)
+    waits = [
+        registry.get_sample_value("jax_kvpool_waits_bucket", {"of": "prefetch", "le": bound})
+        for bound in ("0.001", "0.0025", "0.005", "10.0", "+Inf")
+    ]
+    assert waits == [1, 1, 3, 3, 4]
+    assert registry.get_sample_value("jax_kvpool_waits_sum", {"of": "prefetch"}) == pytest.approx(100.0065)
 
 
 def head_first(patch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_kvpool.cache import replay
+from jax_kvpool import replay
 
 TRACE = Path(__file__).parents[1] / "examples" / "data" / "conversation_trace.jsonl.xz"
 DISTINCT = 170_899

@@ -37,7 +37,7 @@ def test_the_core_needs_no_extra():
             "xxhash",
             "jax_kvpool.stores needs xxhash: pip install 'jax_kvpool[st",
         ),
-        ("import jax_kvpool.cache.prometheus", "prometheus_client", "pip install 'jax_kvpool[prometheus]'"),
+        ("import jax_kvpool.prometheus", "prometheus_client", "pip install 'jax_kvpool[prometheus]'"),
         ("import jax_kvpool.testing", "pytest", "jax_kvpool.testing needs pytest: pip install 'jax_kvpool[test]'"),
         ("from jax_kvpool.testing import stores", "hypothesis", "jax_kvpool.testing needs hypothesis: pip install"),
         (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 
-__all__ = ["Event", "Metrics"]
+__all__ = ["Event", "Histogram", "Metrics"]
 
 Event = Callable[[Literal["stored", "removed"], str, bytes], None]
 """Is called with what became of a page, the tier ("device", "host" or "store") and the page's key; on the engine's
@@ -15,6 +17,28 @@ thread, so it only notes it."""
 
 def _tiers(*names: str) -> dict[str, int]:
     return dict.fromkeys(names, 0)
+
+
+class Histogram:
+    """Of seconds: how many were at most so long.
+
+    Attributes:
+      bounds: in ascending order.
+      counts: of each bound, how many were at most as long and longer than the bound before; then those beyond all.
+      sum: of all.
+    """
+
+    def __init__(self) -> None:
+        self.bounds: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, seconds)] += 1
+        self.sum += seconds
+
+    def cumulative(self) -> list[int]:
+        return [*itertools.accumulate(self.counts)]
 
 
 @dataclasses.dataclass
@@ -30,6 +54,7 @@ class Metrics:
       saved, fetched: pages that went to page stores and came from there.
       failures: pages that a page store failed to put or get, by reason.
       late: prefetches that were not done at their deadline.
+      waits: a `Histogram` each of how long prefetches took, and the calls of page stores that they and puts made.
     """
 
     requests: int = 0
@@ -45,6 +70,9 @@ class Metrics:
     fetched: int = 0
     failures: dict[str, int] = dataclasses.field(default_factory=dict)
     late: int = 0
+    waits: dict[str, Histogram] = dataclasses.field(
+        default_factory=lambda: {name: Histogram() for name in ("prefetch", "contains", "get", "put")}
+    )
     on_event: Event | None = dataclasses.field(default=None, repr=False)
 
     def fail(self, reason: str, num: int) -> None:

@@ -48,7 +48,7 @@ class Lease:
         self._entries = entries  # pinned
         self._new = entries[:0]  # that are to be filled
         self.is_done, self.is_over = True, False
-        self._deadline = math.inf
+        self._asked, self._deadline = 0.0, math.inf
         # What is asked for behind the entries:
         self._root, self._keys, self._tokens = b"", list[bytes](), np.empty((0, 0), np.int32)
         tier.pin(entries)
@@ -89,9 +89,16 @@ class Lease:
 class _Call:
     """A call of every store, one a shard, with the same keys."""
 
-    def __init__(self, futures: list[concurrent.futures.Future[Any]], keys: list[bytes], pages: list[int]) -> None:
+    def __init__(
+        self,
+        method: str,
+        futures: list[concurrent.futures.Future[Any]],
+        keys: list[bytes],
+        pages: list[int],
+        begun: float,
+    ) -> None:
         self._futures = futures
-        self.keys, self.pages = keys, pages
+        self.method, self.keys, self.pages, self.begun = method, keys, pages, begun
 
     def is_done(self) -> bool:
         return all(future.done() for future in self._futures)
@@ -120,9 +127,10 @@ class Saving:
     """Between the pages of `tier`, in `host`, and `stores`, one for each of its shards. At most a quarter of the host
     pages is held at once, an eighth for each direction."""
 
-    def __init__(self, tier: HostTier, host: HostPool, stores: list[Any]) -> None:
+    def __init__(self, tier: HostTier, host: HostPool, stores: list[Any], min_pages: int = 1) -> None:
         self._tier, self._host, self._stores, self._metrics = tier, host, stores, tier.metrics
-        self._max_pages = max(host.num_pages // 8, 1)
+        self._min_pages, self._max_pages = min_pages, max(host.num_pages // 8, 1)
+        self._now = time.monotonic
         self._cold = collections.deque[tuple[int, int]]()  # entries to be put, with their serials
         self._put: tuple[_Call, Entries, npt.NDArray[np.int64]] | None = None
         self._lookups = list[tuple[_Call, Lease]]()
@@ -134,7 +142,8 @@ class Saving:
     def request(self, lease: Lease, seconds: float, root: bytes, keys: list[bytes], tokens: Any) -> None:
         """Gets the pages of these keys, behind those that a lease has. It is over after so many seconds."""
         lease._root, lease._keys, lease._tokens = root, keys, tokens
-        lease._deadline, lease.is_done = time.monotonic() + seconds, False
+        lease._asked, lease.is_done = self._now(), False
+        lease._deadline = lease._asked + seconds
         self._leases.append(lease)
         self._waiting.append(lease)
 
@@ -150,14 +159,16 @@ class Saving:
             lease._keys = []
 
     def poll(self) -> None:
-        now = time.monotonic()
-        for lease in self._leases:
-            if not lease.is_done and lease._deadline <= now:
-                self._metrics.late += 1
-                lease._stop()
-        self._leases = [lease for lease in self._leases if not lease.is_over and lease._deadline > now]
         self._finish_put()
         self._finish_gets()
+        now = self._now()
+        for lease in self._leases:
+            if lease._deadline <= now:
+                if not lease.is_done:
+                    self._metrics.late += 1
+                    self._metrics.waits["prefetch"].add(now - lease._asked)
+                lease._stop()
+        self._leases = [lease for lease in self._leases if not lease.is_over and lease._deadline > now]
         self._begin_gets()
         self._begin_put()
 
@@ -170,10 +181,10 @@ class Saving:
 
     def _flush(self, seconds: float) -> None:
         """Puts whatever is in the host pool and not in a store, as far as it gets in so many seconds."""
-        tier, deadline = self._tier, time.monotonic() + seconds
+        tier, deadline = self._tier, self._now() + seconds
         entries = tier.index.entries()
         self._plan_puts(entries[(tier.host_page[entries] >= 0) & ~tier.is_saved[entries]])
-        while (self._cold or self._put) and time.monotonic() < deadline:
+        while (self._cold or self._put) and self._now() < deadline:
             self.poll()
             time.sleep(1e-3)
 
@@ -207,6 +218,7 @@ class Saving:
         if self._put is None or not self._put[0].is_done():
             return
         (call, entries, serials), self._put, tier = self._put, None, self._tier
+        self._observe(call)
         is_hit = np.array(call.hits(self._metrics))
         self._metrics.saved += int(np.count_nonzero(is_hit))
         tier.release_held(call.pages)
@@ -236,13 +248,15 @@ class Saving:
     def _finish_gets(self) -> None:
         for call, lease in [lookup for lookup in self._lookups if lookup[0].is_done()]:
             self._lookups.remove((call, lease))
+            self._observe(call)
             num = call.num_hits(self._metrics)
-            if num and lease._keys and not lease.is_done:
+            if num >= self._min_pages and lease._keys and not lease.is_done:
                 self._found.append((lease, num))
             else:
-                lease.is_done = True
+                self._come(lease)
         for call, lease in [get for get in self._gets if get[0].is_done()]:
             self._gets.remove((call, lease))
+            self._observe(call)
             self._arrived(call, lease)
 
     def _arrived(self, call: _Call, lease: Lease) -> None:
@@ -265,7 +279,16 @@ class Saving:
         if lease._keys and len(fetched) == len(call.pages) and not lease.is_done:
             self._waiting.append(lease)  # for the rest
         else:
+            self._come(lease)
+
+    def _come(self, lease: Lease) -> None:
+        """All that comes for it has come."""
+        if not lease.is_done:
             lease.is_done = True
+            self._metrics.waits["prefetch"].add(self._now() - lease._asked)
+
+    def _observe(self, call: _Call) -> None:
+        self._metrics.waits[call.method].add(self._now() - call.begun)
 
     def _call(self, method: str, keys: list[bytes], pages: list[int]) -> _Call:
         futures = list[concurrent.futures.Future[Any]]()
@@ -277,7 +300,7 @@ class Saving:
                 failed = concurrent.futures.Future[Any]()
                 failed.set_exception(error)
                 futures.append(failed)
-        return _Call(futures, keys, pages)
+        return _Call(method, futures, keys, pages, self._now())
 
 
 def checked_stores(stores: Iterable[PageStore], host: HostPool | None) -> list[PageStore]:

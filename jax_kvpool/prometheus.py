@@ -12,19 +12,17 @@ from collections.abc import Iterator
 from jax_kvpool.cache.kvcache import KVCache
 
 try:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from prometheus_client.registry import Collector as _Collector
 except ImportError as error:
-    raise ImportError(
-        "jax_kvpool.cache.prometheus needs prometheus-client: pip install 'jax_kvpool[prometheus]'"
-    ) from error
+    raise ImportError("jax_kvpool.prometheus needs prometheus-client: pip install 'jax_kvpool[prometheus]'") from error
 
 __all__ = ["Collector"]
 
 
 class Collector(_Collector):
-    """Counters `jax_kvpool_NAME_total` of all that is in `Metrics`, by tier or by reason where they are, and gauges of
-    the pools' occupancy. They are read when Prometheus asks, on its thread."""
+    """Counters `jax_kvpool_NAME_total` of all that is in `Metrics`, by tier or by reason where they are, histograms of
+    its waits, and gauges of the pools' occupancy. They are read when Prometheus asks, on its thread."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
@@ -36,6 +34,12 @@ class Collector(_Collector):
             what = f"{field.name} of a KVCache; see jax_kvpool.cache.Metrics"
             if isinstance(value, int):
                 yield CounterMetricFamily(f"jax_kvpool_{field.name}", what, value=value)
+            elif field.name == "waits":
+                waits = HistogramMetricFamily("jax_kvpool_waits", f"seconds; {what}", labels=["of"])
+                for name, histogram in value.items():
+                    buckets = zip([*map(str, histogram.bounds), "+Inf"], histogram.cumulative(), strict=True)
+                    waits.add_metric([name], [*buckets], histogram.sum)
+                yield waits
             elif isinstance(value, dict):
                 label = "reason" if field.name == "failures" else "tier"
                 family = CounterMetricFamily(f"jax_kvpool_{field.name}", what, labels=[label])
