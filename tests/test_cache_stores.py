@@ -184,6 +184,31 @@ def test_a_get_that_hangs_is_a_miss_at_its_deadline():
         assert not cache._tiers.held
 
 
+@pytest.mark.parametrize("num_tokens", [17, 100])
+def test_who_waits_for_a_store_keeps_nobody_from_running(num_tokens):
+    """And waits on, if that would not help."""
+    host, hangs = HostPool.create(SPEC, 64), threading.Event()
+    with MemoryStore(Namespace(host.spec, host.layout, "m")) as store:
+        cache = KVCache(DevicePool.create(SPEC, 6), host, stores=[store], min_pages=1)
+        prompts = [np.arange(i, i + 9, dtype=np.int32) for i in (0, 100, 200)]
+        for prompt in prompts:
+            seq = cache.open(prompt[:5])
+            assert cache.admit(seq, 5)
+            cache.dispatched(cache.step())
+            cache.commit(seq, prompt[:5])
+            cache.release(seq)
+        store.faults.append(Fault("contains", before=hangs.wait))
+        waiting = [cache.open(prompt) for prompt in prompts]
+        for seq in waiting:
+            cache.prefetch(seq, 100)
+        cache.poll()
+        other = cache.open(np.arange(1000, 1000 + num_tokens, dtype=np.int32))
+        assert cache.admit(other, num_tokens) == (num_tokens == 17)  # five of six pages, of which three are kept
+        assert [cache.is_fetching(seq) for seq in waiting] == ([True, False, False] if num_tokens == 17 else [True] * 3)
+        hangs.set()
+        cache.close()
+
+
 def test_a_store_that_is_closed_is_a_miss():
     host = HostPool.create(SPEC, 8)
     store = MemoryStore(Namespace(host.spec, host.layout, "m"))

@@ -149,7 +149,8 @@ class KVCache:
     def prefetch(self, seq: Sequence, seconds: float) -> None:
         """Asks the stores for the pages behind those that are matched, in the background: looks up, then gets into the
         host pool what is there, as far as there is room. What came can be matched, and stays there, until `admit`,
-        `release`, or the deadline in so many seconds; what is not there by then is a miss.
+        `release`, or the deadline in so many seconds; what is not there by then is a miss. It ends earlier if another
+        sequence needs the device pages that are kept for it.
         """
         self._check_kind(seq)
         seconds = checked_seconds("seconds", seconds)
@@ -185,7 +186,7 @@ class KVCache:
         tiers.pin(entries)
         to_load = entries[tiers.device_page[entries] < 0]
         num_pages = self._num_pages(num_tokens) - len(entries) + len(to_load)
-        if num_pages > tiers.num_available():
+        if not self._has_room(num_pages):
             tiers.unpin(entries)
             return False
         pages = tiers.take(num_pages)
@@ -224,7 +225,7 @@ class KVCache:
         self._check_admitted(seq)
         num_tokens = checked_int("num_tokens", num_tokens, 1, MAX_INT32)
         missing = self._num_pages(num_tokens) - seq._num_pages
-        if missing > self._tiers.num_available():
+        if not self._has_room(missing):
             return False
         if missing > 0:
             seq._append_pages(self._tiers.take(missing))
@@ -500,9 +501,17 @@ class KVCache:
                 pending.pop(key)  # `del` is slow: a Counter's is Python
         seq._pending = max(begin, min(num_pages, end)), end
 
+    def _has_room(self, num_pages: int) -> bool:
+        """Whether so many device pages are free or can be made so. Who waits for a store keeps nobody from running."""
+        missing = num_pages - self._tiers.num_available()
+        if missing > 0 and self._saving is not None:
+            self._saving.give_up(missing, self._tiers.device_page)
+        return num_pages <= self._tiers.num_available()
+
     def _take_for_copies(self, num: int) -> npt.NDArray[np.int32] | None:
         """Device pages that no store reads which comes with the copies, or behind them."""
         tiers = self._tiers
+        self._has_room(num)
         taken: list[int] = []
         kept: list[int] = []
         while len(taken) < num and tiers.num_available():

@@ -172,6 +172,20 @@ class Saving:
         self._begin_gets()
         self._begin_put()
 
+    def give_up(self, num: int, device_page: npt.NDArray[np.int32]) -> None:
+        """Ends leases, the youngest first, if so many device pages can be made free by that."""
+        tier, leases = self._tier, [lease for lease in self._leases if not lease.is_over]
+        if not leases:
+            return
+        entries, pins = np.unique(np.concatenate([lease._entries for lease in leases]), return_counts=True)
+        is_held = (tier.pins[entries] == pins) & (device_page[entries] >= 0)
+        entries = entries[is_held]
+        while leases and 0 < num <= len(entries):
+            leases.pop()._stop()
+            is_free = tier.pins[entries] == 0
+            num -= int(np.count_nonzero(is_free))
+            entries = entries[~is_free]
+
     def close(self, flush: float) -> None:
         self.end_all()
         if flush:
