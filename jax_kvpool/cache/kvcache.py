@@ -118,7 +118,6 @@ class KVCache:
         self._moves: Moves | None = None  # closed, and neither dispatched nor cancelled
         self._in_flight = collections.deque[tuple[Moves, Any]]()
         self._running: dict[Sequence, None] = {}  # that are admitted
-        self._matched: tuple[Sequence, Entries] | None = None
         self._pending = collections.Counter[bytes]()  # keys of pages that running sequences are computing
 
     # ---- sequences ----
@@ -157,8 +156,7 @@ class KVCache:
         if self._saving is None or seq.is_admitted:
             return
         self._end_lease(seq)
-        limit, entries = self._matchable(seq), self._look_up(seq)
-        self._matched = None
+        limit, entries = self._matchable(seq), self._match(seq)
         if (num := len(entries)) < limit:
             seq._lease = Lease(self._tiers, entries, ends=True)
             keys, tokens = seq._all_keys(limit)[num:limit], seq._by_page(limit)[num:].copy()
@@ -182,7 +180,6 @@ class KVCache:
         num_tokens = self._checked_tokens(seq, num_tokens)
         tiers = self._tiers
         entries = self._match(seq)[: num_tokens // self._page_size]
-        self._matched = None
         tiers.pin(entries)
         to_load = entries[tiers.device_page[entries] < 0]
         num_pages = self._num_pages(num_tokens) - len(entries) + len(to_load)
@@ -221,7 +218,6 @@ class KVCache:
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Makes room for the first `num_tokens` tokens of an admitted sequence. All or nothing, as `admit`."""
-        self._matched = None
         self._check_admitted(seq)
         num_tokens = checked_int("num_tokens", num_tokens, 1, MAX_INT32)
         missing = self._num_pages(num_tokens) - seq._num_pages
@@ -240,7 +236,6 @@ class KVCache:
 
         Raises `ValueError` for tokens beyond the sequence's pages, or others than it was opened with.
         """
-        self._matched = None
         self._check_admitted(seq)
         data = token_array("tokens", tokens)
         begin, end = seq.num_committed, seq.num_committed + data.size
@@ -263,7 +258,6 @@ class KVCache:
         """Another sequence of the tokens that are committed, with their KV; what comes behind them may differ. It
         shares the pages that others can match, and gets copies of the rest, of which the next plan's `copies` tells.
         None if there are not enough pages."""
-        self._matched = None
         self._check_admitted(seq)
         tiers = self._tiers
         num_shared, num_pages = len(seq._entries), self._num_pages(max(seq.num_committed, 1))
@@ -287,7 +281,6 @@ class KVCache:
         """Gives its pages back, or ends its prefetch: at its end, when it is aborted, or to make room; then it may be
         admitted again. What it has committed can be matched from now on as before. Steps that were dispatched may still
         write the others."""
-        self._matched = None
         if isinstance(seq, Sequence) and not seq.is_admitted and seq._lease is not None:
             self._end_lease(seq)
             return
@@ -308,7 +301,6 @@ class KVCache:
     def step(self) -> Moves:
         """Closes the plan of one step: what it moves before it computes. To be told `dispatched` or `cancelled`
         next."""
-        self._matched = None
         if self._moves is not None:
             raise RuntimeError(f"step: expected step {self._moves.step} to be dispatched or cancelled before")
         plan = self._tiers.close(self._max_loads)
@@ -338,7 +330,6 @@ class KVCache:
         are ready, the step is done. None: `landed` or `failed` will tell. `ValueError` for one that is on some of the
         devices of the host pool only, or has no array.
         """
-        self._matched = None
         self._check_moves(moves)
         self._check_output(output)
         self._moves = None
@@ -350,7 +341,6 @@ class KVCache:
 
     def cancelled(self, moves: Moves) -> None:
         """The step was not called, or the call raised before anything ran: its moves are in the next plan."""
-        self._matched = None
         self._check_moves(moves)
         self._moves = None
         self._tiers.cancel()
@@ -362,7 +352,6 @@ class KVCache:
         """Looks which steps are done, and what the stores have done, and gives them more. Never blocks; to be called
         now and then, also when no step runs. Raises what a step failed with, again and again until `failed` is called
         for it."""
-        self._matched = None
         while self._in_flight and self._in_flight[0][1] is not None:
             moves, output = self._in_flight[0]
             leaves = jax.tree.leaves(output)
@@ -381,7 +370,6 @@ class KVCache:
 
     def landed(self, moves: Moves) -> None:
         """The step, and with it all before, is done on every device: for engines that have no array to ask."""
-        self._matched = None
         self._check_in_flight(moves)
         while self._in_flight and self._in_flight[0][0].step <= moves.step:
             self._in_flight.popleft()
@@ -391,7 +379,6 @@ class KVCache:
         """The step failed when it ran. Waits for all steps that were dispatched. Nothing that it or a later one wrote
         is ever matched, nor anything in the device pool; all sequences that are admitted have lost their pages and are
         to be admitted again."""
-        self._matched = None
         self._check_in_flight(moves)
         for _, output in self._in_flight:
             for leaf in jax.tree.leaves(output):
@@ -412,7 +399,6 @@ class KVCache:
     def reset(self, version: str | bytes) -> None:
         """Nothing that was computed before is ever matched again: the weights have changed. Sequences that are admitted
         keep their pages until they are released."""
-        self._matched = None
         root_key(version)
         self._version = version
         if self._saving is not None:
@@ -432,7 +418,6 @@ class KVCache:
     def close(self, flush: float = 0) -> None:
         """Ends what is under way. With `flush`, puts what the host pool has and the stores have not, as far as it gets
         in so many seconds. Whoever closes the stores behind that waits for what is left. Idempotent."""
-        self._matched = None
         flush = flush and checked_seconds("flush", flush)
         if self._saving is not None:
             self._saving.close(flush)
@@ -445,13 +430,7 @@ class KVCache:
             seq._lease = None
 
     def _match(self, seq: Sequence) -> Entries:
-        """The entries of the pages that need not be computed. What was found last is so until a call changes
-        something."""
-        if self._matched is None or self._matched[0] is not seq:
-            self._matched = seq, self._look_up(seq)
-        return self._matched[1]
-
-    def _look_up(self, seq: Sequence) -> Entries:
+        """The entries of the pages that need not be computed."""
         seq._set_version(self._version)
         limit, tiers = self._matchable(seq), self._tiers
         entries = tiers.index.match(seq._root, seq._all_keys, limit, seq._by_page(limit))
