@@ -21,6 +21,15 @@ struct ReadableIds {
   std::vector<int32_t> host_pages;
   std::vector<int32_t> device_pages;  // none: only the device knows them. A store must know which it is to skip
 
+  // Pairs without padding, as far as the CPU can see it.
+  int64_t NumReal() const {
+    int64_t num = 0;
+    for (size_t i = 0; i < host_pages.size(); ++i) {
+      num += host_pages[i] >= 0 && (device_pages.empty() || device_pages[i] >= 0);
+    }
+    return num;
+  }
+
   bool Contains(const PageCopy& copy, size_t pair) const {
     return copy.Contains(device_pages.empty() ? 0 : device_pages[pair], host_pages[pair]);
   }

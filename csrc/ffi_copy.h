@@ -87,7 +87,9 @@ auto BindCopyByEngine(Binding binding) {
       .template Ret<Scratch>()
       .RemainingRets()
       .template Attr<Integers>("plan")
-      .template Attr<int64_t>("max_blocks");
+      .template Attr<int64_t>("max_blocks")          // of a kernel between the pools
+      .template Attr<int64_t>("max_staging_blocks")  // of one between staging and layers
+      .template Attr<int64_t>("min_engine_pairs");   // that are not skipped, for the copy engine; fewer: by kernel
 }
 
 // Binds the start of a load and a store, of which either may be empty. The call is made twice: see overlap.py.

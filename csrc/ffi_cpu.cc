@@ -26,7 +26,8 @@ ffi::Error CopyCpu(HostArray host, PageIds device_pages, PageIds host_pages, Sca
 template <Direction direction>
 ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer, Scratch scratch,
                            ffi::RemainingArgs arrays, ffi::Result<Scratch> same, ffi::RemainingRets results,
-                           Integers plan, int64_t max_blocks) {
+                           Integers plan, int64_t max_blocks, int64_t /*max_staging_blocks*/,
+                           int64_t /*min_engine_pairs*/) {
   const auto memory = InPlace(scratch, same);
   if (memory.has_error()) return memory.error();
   const auto ids_bytes = static_cast<int64_t>(device_pages.size_bytes() + host_pages.size_bytes());

@@ -17,6 +17,7 @@ namespace {
 
 const LiveMemory* live_memory = nullptr;
 std::atomic<int64_t> num_handler_calls{0};
+std::atomic<int64_t> num_engine_calls{0};
 
 ffi::Error CudaFailed(const char* what, cudaError_t error) {
   cudaGetLastError();  // a pending error would be taken for one of the next launch
@@ -75,7 +76,8 @@ ffi::Error ScratchCuda(cudaStream_t /*stream*/, ffi::RemainingArgs /*operands*/,
 template <Direction direction>
 ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages,
                             Scalar /*layer*/, Scratch scratch, ffi::RemainingArgs arrays, ffi::Result<Scratch> same,
-                            ffi::RemainingRets results, Integers plan, int64_t max_blocks) {
+                            ffi::RemainingRets results, Integers plan, int64_t max_blocks, int64_t max_staging_blocks,
+                            int64_t min_engine_pairs) {
   auto operands = CheckOperands(*live_memory, host, device_pages, host_pages, nullptr, arrays, results, plan,
                                 direction == Direction::kStore);
   if (operands.has_error()) return operands.error();
@@ -85,7 +87,9 @@ ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_
   SideStreams* side = nullptr;
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
   Transfer transfer(direction, *std::move(operands), *staging, max_blocks);
+  transfer.SetEngine(max_staging_blocks, min_engine_pairs);
   if (const auto error = transfer.Read(AsSpan(plan), *live_memory, stream)) return FailedPrecondition(*error);
+  num_engine_calls.fetch_add(transfer.HasStaging(), std::memory_order_relaxed);
   if (transfer.IsEmpty()) return ffi::Error::Success();
   std::vector<int64_t> wait_stages(transfer.num_stages());
   std::iota(wait_stages.begin(), wait_stages.end(), 0);
@@ -215,6 +219,7 @@ void AbandonFlights(const void* data, int64_t bytes) {
 int64_t NumFlights() { return static_cast<int64_t>(flights.size()); }
 
 int64_t NumHandlerCalls() { return num_handler_calls.load(std::memory_order_relaxed); }
+int64_t NumEngineCalls() { return num_engine_calls.load(std::memory_order_relaxed); }
 
 }  // namespace kvpool
 

@@ -29,5 +29,7 @@ int64_t NumFlights();
 
 // How often a handler has enqueued (or captured) a copy in this process: replays of a CUDA graph do not count.
 int64_t NumHandlerCalls();
+// In how many of those with ids that the CPU can read, without a model beside them, the copy engine had a part.
+int64_t NumEngineCalls();
 
 }  // namespace kvpool

@@ -125,4 +125,5 @@ NB_MODULE(_cuda, m) {
       "address"_a, "num_bytes"_a, nb::call_guard<ReleasedGil>());
   m.def("num_flights", &NumFlights);
   m.def("num_handler_calls", &NumHandlerCalls);
+  m.def("num_engine_calls", &NumEngineCalls);
 }

@@ -53,6 +53,7 @@ std::optional<std::string> Transfer::Read(std::span<const int64_t> plan, const L
     *pages = reinterpret_cast<const int32_t*>(copy);
     copy += ids_bytes;
   }
+  if (ids_.NumReal() < min_engine_pairs_) ids_ = {};
   if (!ids_.host_pages.empty() && (direction_ == Direction::kLoad || !ids_.device_pages.empty())) {
     staging_.emplace(scratch_.data, staging_bytes);
   }
@@ -70,7 +71,7 @@ cudaError_t Transfer::Enqueue(size_t stage, SideStreams& side, cudaStream_t& las
   }
   if (staging_ && !current.spans.empty()) {
     last = is_load ? stream : engine;
-    return staging_->Copy(current, operands_.host.data, ids_, direction_, max_blocks_, stream, engine, side);
+    return staging_->Copy(current, operands_.host.data, ids_, direction_, max_staging_blocks_, stream, engine, side);
   }
   last = stream;
   return LaunchAll(current, direction_, max_blocks_, stream);

@@ -23,9 +23,21 @@ class Transfer {
  public:
   // `scratch`: of device memory, for staging and behind it the ids.
   Transfer(Direction direction, CopyOperands operands, Bytes scratch, int64_t max_blocks)
-      : direction_(direction), operands_(std::move(operands)), scratch_(scratch), max_blocks_(max_blocks) {}
+      : direction_(direction),
+        operands_(std::move(operands)),
+        scratch_(scratch),
+        max_blocks_(max_blocks),
+        max_staging_blocks_(max_blocks) {}
+
+  // Other blocks for the kernels between staging and layers; and the copy engine only for so many pairs that are not
+  // skipped: however long a list is padded, a few pages are sooner moved by a kernel.
+  void SetEngine(int64_t max_staging_blocks, int64_t min_engine_pairs) {
+    max_staging_blocks_ = max_staging_blocks;
+    min_engine_pairs_ = min_engine_pairs;
+  }
 
   bool IsEmpty() const { return operands_.num_pairs == 0; }
+  bool HasStaging() const { return staging_.has_value(); }
   const std::vector<Bytes>& arrays() const { return operands_.arrays; }
   const Bytes& host() const { return operands_.host; }
   size_t num_stages() const { return stages_.size(); }
@@ -47,7 +59,8 @@ class Transfer {
   Direction direction_;
   CopyOperands operands_;
   Bytes scratch_;
-  int64_t max_blocks_;
+  int64_t max_blocks_, max_staging_blocks_;
+  int64_t min_engine_pairs_ = 0;
   std::vector<Stage> stages_;
   ReadableIds ids_;
   std::optional<Staging> staging_;  // if the copy engine has a part in it

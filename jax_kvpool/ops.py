@@ -60,8 +60,9 @@ def load(
       device_pages, host_pages: int32 arrays, or lists of ints (also NumPy's, no bools), of one length. A pair with
         an id outside of its pool is skipped (pad with -1); `page_status` says which. A page twice among the targets:
         each byte is from either. Empty is fine. With host_pages from `host_ids`, the copy engine moves what is enough
-        for it, in all and at once, by way of staging that XLA plans (on an H100 16 MB, or room for two pages). (An
-        argument of a jitted function that is an int64 array JAX itself casts to int32, unchecked: make it int32.)
+        for it, in all (what is skipped does not count) and at once, by way of staging that XLA plans (on an H100 16 MB,
+        or room for two pages). (An argument of a jitted function that is an int64 array JAX itself casts to int32,
+        unchecked: make it int32.)
       layer: only this layer; an int or anything with `__index__`, not a bool; or a traced int32 (in a scan; with ids in
         device memory) if all layers are alike. Default: all.
       max_blocks: thread blocks of the kernel, at most; more disturb the model, fewer slow down the copy. Default: that
@@ -121,21 +122,22 @@ def _copy(
     checked = watch(door, device, host, **{door: (device_pages, host_pages)})
     arrays = device.flat_arrays("device.arrays")
     stages, traced_layer = _layer(layer, device)
-    plan = _plan(is_load, device, host, device_pages, host_pages, stages)
+    plan, min_engine_pairs = _plan(is_load, device, host, device_pages, host_pages, stages)
     num_scratch_bytes = None
+    attributes = {"max_blocks": checked_blocks(max_blocks)}
     if is_on_host(device_pages) or is_on_host(host_pages):
         if stages == TRACED_LAYER:
             raise ValueError("layer: a traced layer needs page ids in device memory, not those of host_ids")
         target = _BY_ENGINE[target]
         num_scratch_bytes = scratch_bytes(plan, current().half_bytes, host_pages.size)
-    if max_blocks is None and plan.staged_page_bytes:
-        max_blocks = _STAGING_BLOCKS
+        attributes["max_staging_blocks"] = _STAGING_BLOCKS if max_blocks is None else attributes["max_blocks"]
+        attributes["min_engine_pairs"] = min_engine_pairs
     used = [arrays[i] for i in plan.arrays]
     _warn_of_large_pools(used if is_load else used[-1:])
     # The last array is what a store of all layers has returned: calls that concern one layer come after it, too.
     indices = [*plan.arrays] if len(arrays) - 1 in plan.arrays else [*plan.arrays, len(arrays) - 1]
     operands = host.array, device_pages, host_pages, traced_layer, [arrays[i] for i in indices]
-    changed = _call(target, plan, checked_blocks(max_blocks), num_scratch_bytes, *operands)
+    changed = _call(target, plan, tuple(attributes.items()), num_scratch_bytes, *operands)
     for index, array in zip(indices, changed, strict=True):
         arrays[index] = array
     return checked(device.with_flat_arrays(arrays))
@@ -145,7 +147,7 @@ def _copy(
 def _call(
     target: str,
     plan: CopyPlan,
-    max_blocks: int,
+    attributes: tuple[tuple[str, int], ...],
     num_scratch_bytes: int | None,
     host: jax.Array,
     device_pages: jax.Array,
@@ -166,7 +168,7 @@ def _call(
     for at, fence in zip(on_device, fenced([operands[i] for i in on_device]), strict=True):
         operands[at] = fence
     in_place = [*range(4, first), *through]
-    changed = call(target, operands, in_place, plan=plan.integers, max_blocks=max_blocks)
+    changed = call(target, operands, in_place, plan=plan.integers, **dict(attributes))
     for at, array in zip(in_place, changed, strict=True):
         operands[at] = array
     return fenced(operands[first:])
@@ -204,14 +206,16 @@ def scratch_bytes(plan: CopyPlan, half_bytes: int, num_pairs: int) -> int:
 
 def _plan(
     is_load: bool, device: DevicePool, host: HostPool, device_pages: Any, host_pages: Any, stages: Stages
-) -> CopyPlan:
-    """The plan, with the copy engine where that is worth it: never for a traced layer, whose stages are empty."""
+) -> tuple[CopyPlan, int]:
+    """The plan, with the copy engine where that may be worth it: never for a traced layer, whose stages are empty. And
+    for how many pairs that are not skipped it is: only the running call can count those."""
     spec, tuning = device.spec, current()
     plan_of = functools.partial(copy_plan, spec, device.layout, device.num_pages, host.layout, host.num_pages, stages)
-    num_bytes = host_pages.size * sum(spec.layer_bytes[layer] for layers in stages for layer in layers)
-    if num_bytes < tuning.min_engine_bytes or not engine_can_read(is_load, device_pages, host_pages):
-        return plan_of()
-    return plan_of(tuning.min_load_span_bytes if is_load else tuning.min_store_span_bytes)
+    pair_bytes = sum(spec.layer_bytes[layer] for layers in stages for layer in layers)
+    min_pairs = -(-tuning.min_engine_bytes // max(pair_bytes, 1))
+    if host_pages.size < min_pairs or not engine_can_read(is_load, device_pages, host_pages):
+        return plan_of(), min_pairs
+    return plan_of(tuning.min_load_span_bytes if is_load else tuning.min_store_span_bytes), min_pairs
 
 
 _in_flight: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("in_flight", default=())

@@ -33,8 +33,8 @@ class Tuning:
 
     Attributes:
       max_blocks: thread blocks of a kernel that loads or stores. More disturb the model, fewer slow down the copy.
-      min_engine_bytes: what the copy engine moves in a call without a model beside it, at least, pairs that are skipped
-        included; less, a kernel does.
+      min_engine_bytes: what the copy engine moves in a call without a model beside it, at least, without pairs that are
+        skipped; less, a kernel does.
       min_load_span_bytes, min_store_span_bytes: what it moves at once, at least; less, a kernel does.
       half_bytes: one half of the staging between copy engine and kernel; beside a model up to eight times that.
       max_store_blocks_beside, min_span_bytes_beside: max_blocks of a store, and what the copy engine moves in either

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, _runtime, load, store
+from jax_kvpool import DevicePool, HostPool, PageSpec, Tuning, _runtime, host_ids, load, store, tuning
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,3 +111,39 @@ def test_every_access_width(dim_bytes, host_name):
     for want, array in zip(device_oracle.buffers, pool.flat_arrays(), strict=True):
         np.testing.assert_array_equal(np.asarray(array).reshape(-1), want)
     np.testing.assert_array_equal(flat, host_oracle.buffers[0])
+
+
+@pytest.mark.parametrize("num_real", [0, 1, 15, 16, 64])
+@pytest.mark.parametrize("op", [load, store])
+def test_padding_does_not_decide_who_copies(op, num_real):
+    """16 pages of 2 MiB are worth the copy engine, 15 are not, in a list of whatever length."""
+    spec = PageSpec.uniform(16, 16, dict.fromkeys("kv", ((8, 256), "bfloat16")))
+    pool, host = DevicePool.create(spec, 64, "stacked"), HostPool.create(spec, 64)
+    rng = np.random.default_rng(num_real)
+    pages, at = rng.permutation(64)[:num_real], np.sort(rng.permutation(64)[:num_real])
+    ids = np.full(64, -1, np.int32)
+    ids[at] = pages
+    for page in pages.tolist():
+        for (name, layer), slab in host.view(page, writable=True).items():
+            slab[...] = page + layer + "kv".index(name) / 2 if op is load else -1
+    arrays = {
+        name: jnp.broadcast_to(
+            (jnp.arange(64.0) + i / 2).astype("bfloat16")[None, :, None, None, None], pool.arrays[name].shape
+        )
+        for i, name in enumerate("kv")
+    }
+    if op is store:
+        pool = pool.with_arrays({name: array + jnp.zeros_like(pool.arrays[name]) for name, array in arrays.items()})
+    calls = _runtime.cuda_module().num_engine_calls()
+    with tuning.using(Tuning.of_link(55e9)):
+        pool = jax.block_until_ready(op(pool, host, host_ids(ids), host_ids(ids)))
+    assert _runtime.cuda_module().num_engine_calls() - calls == (num_real >= 16)
+    for i, name in enumerate("kv"):
+        content = np.asarray(pool.arrays[name])
+        for page in range(64):
+            is_moved = page in pages
+            for layer in (0, 7, 15):
+                if op is load:
+                    assert (content[layer, page] == (page + layer + i / 2 if is_moved else 0)).all()
+                elif is_moved:
+                    assert (host.slab(page, name, layer) == page + i / 2).all()

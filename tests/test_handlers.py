@@ -73,6 +73,8 @@ def make(device):
             by_engine = target in WITH_SCRATCH
             operands = [host.array, *pages[:2], jax.device_put(np.int32(0), device), *[memory] * by_engine]
             ids, attributes = [1, 2], {"plan": plan, "max_blocks": np.int64(4)}
+            if by_engine:
+                attributes |= dict.fromkeys(("max_staging_blocks", "min_engine_pairs"), np.int64(1))
         arrays = range(len(operands), len(operands) + 2 * LAYERS)
         in_place = [arrays[0] - 1] if target in WITH_SCRATCH else []
         in_place += arrays[-1:] if target in STORES else arrays

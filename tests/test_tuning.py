@@ -69,7 +69,7 @@ def test_who_moves_what(monkeypatch):
         device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1, host_layout)
         host_pages = np.zeros(num_pairs, np.int32)
         stages = (spec.layers,) if layer is None else ((layer,),)
-        plan = ops._plan(is_load, device, host, host_pages if is_on_host else None, host_pages, stages)
+        plan, _ = ops._plan(is_load, device, host, host_pages if is_on_host else None, host_pages, stages)
         assert plan.is_by_engine == (plan.staged_page_bytes > 0)
         return plan.is_by_engine
 
@@ -160,16 +160,17 @@ def test_what_is_traced_follows_it():
     assert "max_blocks = 97" not in program()
 
 
-@pytest.mark.parametrize(("pages", "given", "blocks"), [(16, None, 32), (16, 5, 5), (15, None, 4), (15, 5, 5)])
-def test_blocks_of_a_staging_kernel(monkeypatch, pages, given, blocks):
-    """Many, since no model runs beside it; 15 pages are 31 MB, for which there is no staging."""
+@pytest.mark.parametrize(("given", "blocks", "staging_blocks"), [(None, 4, 32), (5, 5, 5)])
+def test_blocks_of_a_staging_kernel(monkeypatch, given, blocks, staging_blocks):
+    """Many, since no model runs beside it. 15 pages are 31 MB, for which a kernel is quicker."""
     monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
     spec = PageSpec.uniform(16, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))
     device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1)
-    ids = np.zeros(pages, np.int32)
+    ids = np.zeros(64, np.int32)
     with tuning.using(H100):
         text = jax.jit(lambda d, h: load(d, h, ids, ids, max_blocks=given)).lower(device, host).as_text()
-    assert f"max_blocks = {blocks} " in text
+    for name, number in (("max_blocks", blocks), ("max_staging_blocks", staging_blocks), ("min_engine_pairs", 16)):
+        assert f"{name} = {number} " in text
 
 
 @pytest.mark.parametrize(
