@@ -272,14 +272,22 @@ class TestChecks:
 
     def test_a_page_that_is_no_longer_checked(self):
         """The digest goes with the page that it is of: the next one in its place may not be checked."""
-        checked = trace_replay.CheckedServer(TINY, model.init_params(TINY, 0), 8, 6, 6, 5, ahead=1)
+
+        class Noting(trace_replay.CheckedServer):
+            def on_committed(self, pages):
+                committed.extend(pages.tolist())
+                super().on_committed(pages)
+
+        checked = Noting(TINY, model.init_params(TINY, 0), 8, 6, 6, 5, ahead=1)
         draws = [0.0] * 5 + [1.0] * 20  # the first prompt is checked; the second one takes its place
         checked.check_pages, checked.draw = 0.5, types.SimpleNamespace(random=iter(draws).__next__)
         prompts = np.random.default_rng(0).integers(0, 512, (2, 45))
         for prompt, num_checked in zip(prompts, (5, 0), strict=True):
+            committed = list[int]()
             checked.run([request_of(prompt)])
             checked.step([], 1)
-            assert len(checked.device_digests) == len(checked.host_digests) == num_checked
+            assert len(committed) == 5 and len(checked.device_digests.keys() & committed) == num_checked
+            assert len(checked.host_digests) == num_checked
 
     def test_logits_show_a_wrong_page(self):
         """Were the bytes not compared, recomputation would still find it. But not two pages swapped: keys carry their
