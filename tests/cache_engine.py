@@ -1,6 +1,7 @@
 """An engine of a `KVCache` without a device: it executes plans on pools whose pages hold, for each token, all tokens up
 to it. So a page that is not what it should be is seen."""
 
+import collections
 import concurrent.futures
 import itertools
 import time
@@ -156,6 +157,8 @@ class Engine:
         host = HostPool.create(SPEC, num_host)
         host.memories *= max(len(stores), 1)  # as if it had so many shards
         options.setdefault("min_pages", 1)
+        self.told = collections.Counter()
+        options["on_event"] = self.note
         self.cache = KVCache(DevicePool.create(SPEC, num_device), host, stores=stores, **options)
         if num_keys is not None:
             forget_keys(self.cache._tiers.index, num_keys)
@@ -172,6 +175,11 @@ class Engine:
         self.copies_of_moves = {}
         self.in_flight = []  # (moves, output, host pages that it wrote)
         self.num_loaded = 0
+
+    def note(self, what, tier, key):
+        if tier != "store":
+            self.told[tier, key] += 1 if what == "stored" else -1
+            assert self.told[tier, key] >= 0
 
     # ---- what an engine does ----
 
@@ -333,6 +341,11 @@ class Engine:
         assert indexed <= set(alive)  # an indexed key has a copy
         assert tiers.index._num_unused + len(alive) == len(copies)
         self.check_links(tiers.index, indexed)
+        known = np.array(sorted(indexed), np.intp)
+        there = collections.Counter()
+        for tier, pages in (("device", tiers.device_page), ("host", tiers.host_page)):
+            there.update((tier, key) for key in tiers.index.keys(known[pages[known] >= 0]))
+        assert there == self.told, "what routers were told"
         for entry in alive:
             assert tiers.pins[entry] == pins.get(entry, 0)
             device, host = int(tiers.device_page[entry]), int(tiers.host_page[entry])

@@ -144,6 +144,20 @@ def test_what_a_plan_stores_is_found_when_it_is_dispatched():
     assert cache.match(one) == Matched(0, 4, 0)
 
 
+@pytest.mark.parametrize(
+    ("num_device", "has_host", "sizes"), [(100, True, [0, 8, 64, 512]), (8, True, [0, 8]), (9, False, [0])]
+)
+def test_plans_to_compile_the_programs_for(num_device, has_host, sizes):
+    cache = new_cache(num_device, **({} if has_host else {"host": None}))
+    blank = [*cache.blank_moves()]
+    moves = cache.step()
+    forms = [[(array.shape, array.dtype) for array in jax.tree.leaves(plan)] for plan in (*blank, moves)]
+    assert [form[2][0] for form in forms[:-1]] == [(size,) for size in sizes]
+    assert all(form == [((0,), np.int32)] * 2 + [form[2]] * 4 for form in forms[:-1]) and forms[-1] == forms[0]
+    assert all((array == -1).all() for plan in blank for array in jax.tree.leaves(plan))
+    cache.dispatched(moves)
+
+
 def test_loads_beyond_the_cap_come_with_later_plans():
     cache = new_cache(num_device=6, ahead=0, max_loads=1)
     long = np.arange(21, dtype=np.int32)
@@ -225,6 +239,10 @@ MISTAKES = {
     "admitted twice": (
         lambda c: c.admit(admitted(c), 10) or c.admit(admitted(c), 10),
         "expected one that is not admitted",
+    ),
+    "a sequence of other pages": (
+        lambda c: c.match(KVCache(DevicePool.create(PageSpec.uniform(8, 1, {"k": ((8,), "int8")}), 3)).open(TOKENS)),
+        "seq: expected one of pages of 4 tokens, got one of 8",
     ),
     "a sequence of another cache": (lambda c: c.commit(computed(new_cache(), TOKENS), [0]), "this cache has admitted"),
     "more tokens than pages": (

@@ -237,16 +237,16 @@ class Recency:
 
     def oldest(self, num: int) -> Entries:
         """The next to go, so many, or all."""
-        return self._first(num, self._begin)[0]
+        entries = self._first(num, self._begin)[0]
+        if len(entries):
+            self._begin_at(int(self._place[entries[0]]))  # not over the same holes again
+        return entries
 
     def take_oldest(self, num: int) -> Entries:
         """Takes them out of it."""
         entries, place = self._first(num, self._begin)
         self.discard(entries)
-        self._begin = place
-        if place >= self._packed:
-            self._packed = self._rest = self._begin = max(place, self._rest)
-        self._cold = max(self._cold, self._begin)
+        self._begin_at(place)
         return entries
 
     def cool(self) -> Entries:
@@ -271,6 +271,12 @@ class Recency:
             place = end if num else place + int(is_there[-1]) + 1
         return np.concatenate(found), place
 
+    def _begin_at(self, place: int) -> None:
+        self._begin = place
+        if place >= self._packed:
+            self._packed = self._rest = self._begin = max(place, self._rest)
+        self._cold = max(self._cold, self._begin)
+
     def _put(self, entries: Entries, begin: int) -> None:
         places = np.arange(begin, begin + len(entries))
         self._ring[places % len(self._ring)] = entries
@@ -278,7 +284,7 @@ class Recency:
         self._num += len(entries)
 
     def _pack(self, num: int) -> None:
-        if self._end - self._begin <= 1.5 * self._num + 128:
+        if self._end - self._begin <= 1.25 * self._num + 128:
             return
         begin, end = self._rest, min(self._rest + num, self._end)
         places = np.arange(begin, end) % len(self._ring)

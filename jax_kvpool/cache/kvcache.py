@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["KVCache"]
 
-_SIZES: Final = (0, 8, 64, 512)
-"""Lengths of the arrays of stores and loads in `Moves`; what is longer has a multiple of the last one. A program for
-each that occurs, and others with copies, which are rare."""
-_COPY_SIZES: Final = (0, 1, *_SIZES[1:])  # of copies: a fork copies one page, as a rule
+_GROWTH: Final = 8
+"""From one length of the arrays in `Moves` to the next: 0, 8, 64, 512, ... for stores and loads, which are as long as
+each other, and 0, 1, 8, ... for copies, since a fork copies one page, as a rule. A program for each that occurs."""
 
 _LOAD_COST: Final = 10
 """How many times as long it takes to compute KV as to load its bytes: Llama 3 8B computes 16 GFLOP for the 131 KB of a
@@ -177,7 +176,7 @@ class KVCache:
         self._check_kind(seq)
         if seq.is_admitted:
             raise ValueError(f"seq: expected one that is not admitted, got {seq}; grow it, or release it before")
-        num_tokens = self._checked_tokens(seq, num_tokens)
+        num_tokens = checked_int("num_tokens", num_tokens, 1, MAX_INT32)
         tiers = self._tiers
         entries = self._match(seq)[: num_tokens // self._page_size]
         tiers.pin(entries)
@@ -308,9 +307,8 @@ class KVCache:
         stores = [*plan.stores.values()], [*plan.stores]
         loads = self._tiers.device_page[plan.loads], self._tiers.host_page[plan.loads]
         nums = [len(ids) for ids, _ in (copies, stores, loads)]
-        size = _size_of(max(nums[1:]))
-        # Stores and loads are as long as each other: so many programs.
-        sizes = (_size_of(nums[0], _COPY_SIZES), size, size)
+        size = _size_of(max(nums[1:]), _GROWTH)
+        sizes = (_size_of(nums[0], 1), size, size)
         arrays = [self._ids(*pairs, n) for pairs, n in zip((copies, stores, loads), sizes, strict=True)]
         self._moves = Moves(arrays[0], arrays[1], arrays[2], plan.step, nums[0], nums[1], nums[2])
         return self._moves
@@ -318,10 +316,13 @@ class KVCache:
     def blank_moves(self) -> Iterator[Moves]:
         """Plans of no page, one of each form that `step` can return while there are no forks, to compile the engine's
         programs before they are needed. They are no steps: tell nothing of them."""
-        num_most = max(self._tiers.free_device.num_pages, self._max_loads)
-        for size in sorted({_size_of(num) for num in range(num_most + 1)}) if self._host is not None else (0,):
+        num_most, size = self._tiers.free_device.num_pages if self._host is not None else 0, 0
+        while True:
             ids = self._ids([], [], size)
             yield Moves(self._ids([], [], 0), ids, ids)
+            if size >= num_most:
+                return
+            size = _size_of(size + 1, _GROWTH)
 
     def dispatched(self, moves: Moves, output: Any = None) -> None:
         """The step was called, so its moves come before those of all later ones.
@@ -516,11 +517,10 @@ class KVCache:
             self._blank_ids[size] = made
         return made
 
-    def _checked_tokens(self, seq: Sequence, num_tokens: int) -> int:
-        return checked_int("num_tokens", num_tokens, 1, MAX_INT32)
-
     def _check_kind(self, seq: Sequence) -> None:
         checked_kind("seq", seq, Sequence, "cache.open(tokens) makes one")
+        if seq._page_size != self._page_size:
+            raise ValueError(f"seq: expected one of pages of {self._page_size} tokens, got one of {seq._page_size}")
 
     def _check_admitted(self, seq: Sequence) -> None:
         self._check_kind(seq)
@@ -550,8 +550,12 @@ class KVCache:
             raise ValueError(f"moves: expected those of a step that is dispatched and not done, got step {moves.step}")
 
 
-def _size_of(num: int, sizes: tuple[int, ...] = _SIZES) -> int:
-    return next((size for size in sizes if num <= size), -(-num // sizes[-1]) * sizes[-1])
+def _size_of(num: int, least: int) -> int:
+    if num == 0:
+        return 0
+    while least < num:
+        least *= _GROWTH
+    return least
 
 
 def _min_pages(device: DevicePool) -> int:

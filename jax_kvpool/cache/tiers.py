@@ -81,6 +81,7 @@ class Tiers(HostTier):
         self.device_page[entries] = pages
         self.index.copies[entries] += 1
         self.loading.update(dict.fromkeys(entries.tolist(), 0))
+        self.tell("stored", "device", entries)
 
     def copy(self, sources: Pages, targets: Pages, owner: Any) -> None:
         """Plans copies on the device. All are made at once: what is itself a target is copied from where it comes."""
@@ -206,7 +207,8 @@ class Tiers(HostTier):
         for entry in entries:
             del self.loading[entry]
         if entries:
-            self._free_device_pages(np.array(entries, np.intp))
+            self.tell("removed", "device", self.known(np.array(entries)))
+            self._free_device_pages(np.array(entries))
 
     def _free_device_pages(self, entries: Entries) -> None:
         if len(entries):
