@@ -374,6 +374,13 @@ def test_events_of_what_goes_all_at_once(end):
     assert not where
 
 
+def test_failures_have_few_reasons():
+    metrics = new_cache().metrics
+    for i in range(1000):
+        metrics.fail(f"no file {i}", 2)
+    assert len(metrics.failures) == 51 and sum(metrics.failures.values()) == 2000
+
+
 def test_metrics_for_prometheus():
     prometheus_client = pytest.importorskip("prometheus_client")
     from jax_kvpool.prometheus import Collector

@@ -106,6 +106,8 @@ MISTAKES = {
     "no lease": (lambda c, lease: c.landed(3), "lease: expected a Lease, got 3"),
     "keys of text": (lambda c, lease: c.lookup(["a" * 32]), "keys: expected bytes objects of 32 bytes, got 'aaa"),
     "short keys": (lambda c, lease: c.store([b"a"]), "keys: expected bytes objects of 32 bytes, got b'a'"),
+    "a key twice in a lookup": (lambda c, lease: c.lookup(KEYS[:1] * 2), "keys: expected 2 that differ, got 1"),
+    "a page twice": (lambda c, lease: c.hold([7, 7], [1, 1]), "pages: expected 2 that differ, got 1"),
     "a key twice": (lambda c, lease: c.store(KEYS[:1] * 2), "keys: expected 2 that differ, got 1"),
     "no time": (lambda c, lease: c.prefetch(KEYS, -1), "seconds: expected a positive number of seconds"),
     "no host pool": (lambda c, lease: HostCache(SPEC), "host: expected a HostPool, got PageSpec"),

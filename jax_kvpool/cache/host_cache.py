@@ -32,8 +32,8 @@ class HostCache:
         cache.free(lease)                  # when that is done
 
     A page of a lease is written by nobody else, and stays, until it is freed. One thread calls everything. Nothing
-    blocks, but `close`. Keys are 32 bytes, as `page_keys` makes them, and mean the same for ever: if the weights
-    change, they change.
+    blocks, but `close`. Keys are 32 bytes, as `page_keys` makes them; those of a call differ. They mean the same
+    for ever: if the weights change, they change.
 
     Args:
       host: the pool; its pages belong to the cache.
@@ -87,12 +87,9 @@ class HostCache:
         return lease
 
     def store(self, keys: Sequence[bytes]) -> Lease | None:
-        """A lease of a page for each of these keys, which differ. Those that have none yet get one, and are to be
+        """A lease of a page for each of these keys. Those that have none yet get one, and are to be
         filled: `is_new`. They are not found before `landed`. All or nothing: None if there is not enough room."""
-        keys = _checked_keys(keys)
-        if len({*keys}) < len(keys):
-            raise ValueError(f"keys: expected {len(keys)} that differ, got {len({*keys})}")
-        tier = self._tier
+        keys, tier = _checked_keys(keys), self._tier
         known = self._index.find(keys)
         lease = Lease(tier, known[known >= 0])  # which do not go for the others
         if len(keys) - len(lease) > tier.num_free_host + len(tier.host):
@@ -125,6 +122,8 @@ class HostCache:
         ids = int_array("pages", pages, "a list or a 1-D array of page ids")
         if not is_within(ids, 0, self._host.num_pages - 1):
             raise IndexError(f"pages: expected ids from 0 to {self._host.num_pages - 1}, got {ids.tolist()}")
+        if (num := len(np.unique(ids))) < len(ids):
+            raise ValueError(f"pages: expected {len(ids)} that differ, got {num}")
         then = int_array("generations", generations, "a list or a 1-D array of integers")
         if then.shape != ids.shape:
             raise ValueError(f"generations: expected one for each of {ids.size} pages, got {then.size}")
@@ -193,4 +192,6 @@ def _checked_keys(keys: Sequence[bytes]) -> list[bytes]:
     for key in keys:
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
             raise TypeError(f"keys: expected bytes objects of {KEY_BYTES} bytes, got {shown(key)}")
+    if (num := len({*keys})) < len(keys):
+        raise ValueError(f"keys: expected {len(keys)} that differ, got {num}")
     return keys

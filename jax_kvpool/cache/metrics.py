@@ -19,6 +19,9 @@ def _tiers(*names: str) -> dict[str, int]:
     return dict.fromkeys(names, 0)
 
 
+_MOST_REASONS: Final = 50  # some name a file or an address
+
+
 class Histogram:
     """Of seconds: how many were at most so long.
 
@@ -76,4 +79,6 @@ class Metrics:
     on_event: Event | None = dataclasses.field(default=None, repr=False)
 
     def fail(self, reason: str, num: int) -> None:
+        if len(self.failures) >= _MOST_REASONS and reason not in self.failures:
+            reason = "other reasons"
         self.failures[reason] = self.failures.get(reason, 0) + num

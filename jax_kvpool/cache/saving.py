@@ -131,7 +131,8 @@ class Saving:
         self._tier, self._host, self._stores, self._metrics = tier, host, stores, tier.metrics
         self._min_pages, self._max_pages = min_pages, max(host.num_pages // 8, 1)
         self._now = time.monotonic
-        self._cold = collections.deque[tuple[int, int]]()  # entries to be put, with their serials
+        # Entries to be put, with their serials; of a store that hangs, not ever more.
+        self._cold = collections.deque[tuple[int, int]](maxlen=host.num_pages)
         self._put: tuple[_Call, Entries, npt.NDArray[np.int64]] | None = None
         self._lookups = list[tuple[_Call, Lease]]()
         self._gets = list[tuple[_Call, Lease]]()
