@@ -32,7 +32,12 @@ class Collector(_Collector):
         for field in dataclasses.fields(metrics):
             value = getattr(metrics, field.name)
             what = f"{field.name} of a KVCache; see jax_kvpool.cache.Metrics"
-            if isinstance(value, int):
+            if field.name == "page_bytes":
+                moved = CounterMetricFamily("jax_kvpool_moved_bytes", f"as {what}", labels=["how"])
+                for how, num_bytes in metrics.moved_bytes.items():
+                    moved.add_metric([how], num_bytes)
+                yield moved
+            elif isinstance(value, int):
                 yield CounterMetricFamily(f"jax_kvpool_{field.name}", what, value=value)
             elif field.name == "waits":
                 waits = HistogramMetricFamily("jax_kvpool_waits", f"seconds; {what}", labels=["of"])

@@ -152,7 +152,7 @@ class Running:
 
 
 class Engine:
-    def __init__(self, num_device=6, num_host=8, stores=(), num_keys=None, **options):
+    def __init__(self, num_device=6, num_host=8, stores=(), num_keys=None, lag=0, **options):
         self.device, self.host = [[None] * PAGE for _ in range(num_device)], [[None] * PAGE for _ in range(num_host)]
         host = HostPool.create(SPEC, num_host)
         host.memories *= max(len(stores), 1)  # as if it had so many shards
@@ -175,6 +175,7 @@ class Engine:
         self.copies_of_moves = {}
         self.in_flight = []  # (moves, output, host pages that it wrote)
         self.num_loaded = 0
+        self.lag, self.computed = lag, []  # it commits what a step computed so many steps later
 
     def note(self, what, tier, key):
         if tier != "store":
@@ -239,8 +240,11 @@ class Engine:
         self.cache.dispatched(moves, output)
         self.in_flight.append((moves, output))
         self.copies_of_moves[moves.step] = [array.copy() for array in jax.tree.leaves(moves)]
-        for running, begin, end in computed:
-            self.cache.commit(running.seq, running.tokens[begin:end])
+        self.computed.append(computed)
+        while len(self.computed) > self.lag:
+            for running, begin, end in self.computed.pop(0):
+                if running in self.running:
+                    self.cache.commit(running.seq, running.tokens[begin:end])
 
     def check_moves(self, moves):
         for name in ("copies", "stores", "loads"):
@@ -283,8 +287,8 @@ class Engine:
         seq = self.cache.fork(running.seq)
         if seq is None:
             return None
-        child = Running(seq, running.tokens[: running.num_computed])
-        child.root, child.num_computed = running.root, running.num_computed
+        child = Running(seq, running.tokens[: seq.num_committed])
+        child.root, child.num_computed = running.root, seq.num_committed
         self.running.append(child)
         return child
 
@@ -299,6 +303,7 @@ class Engine:
                     self.host[target] = ["lost"] * PAGE
         self.cache.failed(moves)
         self.in_flight.clear()
+        self.computed.clear()
         lost, self.running = self.running, []
         assert not any(running.seq.is_admitted for running in lost)
 

@@ -47,6 +47,7 @@ class RandomRun:
             "min_pages": rng.choice([1, 1, 2]),
             "reserved": rng.choice([(), (), (2,)]),
             "num_keys": rng.choice([None, 8, 256]),
+            "lag": rng.choice([0, 0, 1, 2]),
         }
         self.sizes = rng.randint(4, 9), rng.choice([rng.randint(1, 9), rng.randint(8, 40)])
         self.prompts = [[rng.randrange(3) for _ in range(40)] for _ in range(2)]
@@ -99,7 +100,7 @@ class RandomRun:
             more = [rng.randrange(3) for _ in range(rng.randint(1, 6))]
             if engine.cache.grow(running.seq, len(running.tokens) + len(more)):
                 running.tokens += more
-        elif action == "fork" and running and running.num_computed and engine.cache.is_loaded(running.seq):
+        elif action == "fork" and running and running.seq.num_committed and engine.cache.is_loaded(running.seq):
             engine.fork(running)
         elif action == "fail" and engine.in_flight:
             engine.fail()

@@ -393,6 +393,8 @@ def test_metrics_for_prometheus():
     assert registry.get_sample_value("jax_kvpool_requests_total") == 2
     assert registry.get_sample_value("jax_kvpool_hits_total", {"tier": "device"}) == 8
     assert registry.get_sample_value("jax_kvpool_occupancy", {"tier": "device"}) == pytest.approx(4 / 6)
+    cache.metrics.loaded = 3
+    assert registry.get_sample_value("jax_kvpool_moved_bytes_total", {"how": "loaded"}) == 3 * SPEC.payload_bytes
     for seconds in (0.0005, 0.003, 0.003, 100):
         cache.metrics.waits["prefetch"].add(seconds)
     waits = [

@@ -55,7 +55,7 @@ class HostCache:
         on_event: Event | None = None,
     ) -> None:
         checked_kind("host", host, HostPool, "HostPool.create(spec, num_pages) makes one")
-        self.metrics: Final = Metrics(on_event=on_event)
+        self.metrics: Final = Metrics(page_bytes=host.spec.payload_bytes, on_event=on_event)
         self._host = host
         stores = checked_stores(stores, host)
         self._index = _Keys(2 * host.num_pages)  # new ones come before those go whose pages they get

@@ -94,7 +94,7 @@ class KVCache:
                 raise ValueError(f"host: expected a pool of {device.spec}, as the device pool, got one of {host.spec}")
         ahead = checked_share("ahead", ahead)
         stores = checked_stores(stores, host)
-        self.metrics = Metrics(on_event=on_event)
+        self.metrics = Metrics(page_bytes=device.spec.payload_bytes, on_event=on_event)
         self._page_size: Final = device.spec.page_size
         self._host = host
         self._tiers = Tiers(

@@ -52,6 +52,7 @@ class Metrics:
       requests, tokens: admissions, and the tokens that they asked for.
       hits: tokens that were cached when their sequence was admitted, by the tier that they came from.
       copied: pages of copies in plans; `loaded`, `written`: of loads and stores.
+      page_bytes: of a page's KV; `moved_bytes` has the bytes of all of these.
       evicted: pages that had to go, by tier; `unused`: of those, the ones that no second request had got.
       unsaved: of those, the ones of which no tier below had a copy.
       saved, fetched: pages that went to page stores and came from there.
@@ -63,6 +64,7 @@ class Metrics:
     requests: int = 0
     tokens: int = 0
     hits: dict[str, int] = dataclasses.field(default_factory=lambda: _tiers("device", "host", "store"))
+    page_bytes: int = 0
     copied: int = 0
     loaded: int = 0
     written: int = 0
@@ -77,6 +79,12 @@ class Metrics:
         default_factory=lambda: {name: Histogram() for name in ("prefetch", "contains", "get", "put")}
     )
     on_event: Event | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def moved_bytes(self) -> dict[str, int]:
+        return {
+            how: self.page_bytes * getattr(self, how) for how in ("copied", "loaded", "written", "saved", "fetched")
+        }
 
     def fail(self, reason: str, num: int) -> None:
         if len(self.failures) >= _MOST_REASONS and reason not in self.failures:
