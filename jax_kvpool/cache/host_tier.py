@@ -189,7 +189,7 @@ class HostTier:
 
     def _add_to_host(self, entries: Entries) -> None:
         """Those of them that have a page, and that nobody holds, become the most recent ones."""
-        if not self.num_host:
+        if not self.num_host or not len(entries):
             return
         pages = self.host_page[entries]
         may_go = (pages >= 0) & (self.pins[entries] == 0)

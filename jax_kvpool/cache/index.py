@@ -252,6 +252,8 @@ class Recency:
     def cool(self) -> Entries:
         """Those that have become cold."""
         missing = math.ceil(self._share * self._num) - self._num_cold
+        if missing <= 0:
+            return _NONE
         cooled, self._cold = self._first(missing, max(self._cold, self._begin))
         self._num_cold += len(cooled)
         return cooled

@@ -175,8 +175,13 @@ class Tiers(HostTier):
         self.device.add(entries[self.device_page[entries] >= 0])
         # The coldest part is kept stored, so that it can go at once when room is needed.
         if self.num_host:
-            cold = self.device.cool()
-            self._add_to_host(self._store(cold[self.host_page[cold] < 0]))
+            self._store_absent(self.device.cool())
+
+    def _store_absent(self, entries: Entries) -> None:
+        """Those that have no host page yet get one, as its most recent ones."""
+        absent = entries[self.host_page[entries] < 0]
+        if len(absent):
+            self._add_to_host(self._store(absent))
 
     def _store(self, entries: Entries) -> Entries:
         """Plans to store them, as far as there is room; those."""
@@ -189,7 +194,7 @@ class Tiers(HostTier):
         entries = self.device.take_oldest(num)
         if self.num_host:
             self._add_to_host(entries)  # as its most recent ones, as those that follow
-            self._add_to_host(self._store(entries[self.host_page[entries] < 0]))
+            self._store_absent(entries)
         for entry in entries.tolist() if self.loading else ():
             self.loading.pop(entry, None)
         self.tell("removed", "device", entries)
