@@ -174,18 +174,18 @@ class Saving:
         self._begin_put()
 
     def give_up(self, num: int, device_page: npt.NDArray[np.int32]) -> None:
-        """Ends leases, the youngest first, if so many device pages can be made free by that."""
+        """Ends leases that hold device pages, the youngest first, if so many can be made free by that."""
         tier, leases = self._tier, [lease for lease in self._leases if not lease.is_over]
         if not leases:
             return
         entries, pins = np.unique(np.concatenate([lease._entries for lease in leases]), return_counts=True)
-        is_held = (tier.pins[entries] == pins) & (device_page[entries] >= 0)
-        entries = entries[is_held]
-        while leases and 0 < num <= len(entries):
-            leases.pop()._stop()
-            is_free = tier.pins[entries] == 0
-            num -= int(np.count_nonzero(is_free))
-            entries = entries[~is_free]
+        entries = entries[(tier.pins[entries] == pins) & (device_page[entries] >= 0)]
+        missing = num if num <= len(entries) else 0
+        for lease in reversed(leases):
+            if np.count_nonzero(tier.pins[entries] == 0) >= missing:
+                return
+            if np.isin(lease._entries, entries).any():
+                lease._stop()
 
     def close(self, flush: float) -> None:
         self.end_all()
