@@ -211,10 +211,12 @@ def test_who_waits_for_a_store_keeps_nobody_from_running(num_tokens):
             cache.prefetch(seq, 100)
         cache.poll()
         other = cache.open(np.arange(1000, 1000 + num_tokens, dtype=np.int32))
-        assert cache.admit(other, num_tokens) == (num_tokens == 17)  # five of six pages, of which three are kept
-        still = [True, False, False, True] if num_tokens == 17 else [True] * 4
-        assert [cache.is_fetching(seq) for seq in waiting] == still
-        hangs.set()
+        try:  # five of six pages, of which three are kept
+            assert cache.admit(other, num_tokens) == (num_tokens == 17)
+            still = [True, False, False, True] if num_tokens == 17 else [True] * 4
+            assert [cache.is_fetching(seq) for seq in waiting] == still
+        finally:
+            hangs.set()
         cache.close()
 
 
