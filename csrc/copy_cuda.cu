@@ -119,6 +119,10 @@ int64_t AccessBytes(const PageCopy& copy) {
   return static_cast<int64_t>(bits & ~(bits - 1));
 }
 
+__global__ void SetIfDifferent(const int32_t* value, int32_t expected, int32_t* is_different) {
+  if (*value != expected) *is_different = 1;
+}
+
 // Calls visit(kernel of this access width and direction).
 template <typename Visit>
 auto VisitKernel(int64_t access_bytes, Direction direction, Visit visit) {
@@ -154,6 +158,11 @@ cudaError_t LaunchCopy(const PageCopy& copy, Direction direction, int64_t max_bl
     kernel<<<static_cast<unsigned>(num_blocks), kWarpsPerBlock * kWarpLanes, 0, stream>>>(copy, units);
     return cudaGetLastError();
   });
+}
+
+cudaError_t CheckEqual(const int32_t* value, int32_t expected, int32_t* is_different, cudaStream_t stream) {
+  SetIfDifferent<<<1, 1, 0, stream>>>(value, expected, is_different);
+  return cudaGetLastError();
 }
 
 cudaError_t PreloadCopy() {

@@ -59,7 +59,8 @@ auto BindScratch(Binding binding) {
 // Binds the operands of a load or store to a platform's own (a stream, or nothing).
 // A store changes the host pool although it is an operand. What orders the calls is the arrays of the device pool: each
 // call takes all that it concerns, and the pool's last one. A load returns those that it concerns, aliased, and a store
-// the last of them. So a call comes after all calls that touched the same bytes of the host pool.
+// the last of them. So a call comes after all calls that touched the same bytes of the host pool. (A store that only
+// reads returns something else that it is given.)
 template <typename Binding>
 auto BindOperands(Binding& binding) {
   return std::move(binding)
@@ -73,8 +74,9 @@ template <typename Binding>
 auto BindCopy(Binding binding) {
   return BindOperands(binding)
       .RemainingArgs()  // the arrays of the device pool that it concerns, then what comes before the call
-      .RemainingRets()  // the arrays, or the last of them
+      .RemainingRets()  // some of these, in a row
       .template Attr<Integers>("plan")
+      .template Attr<int64_t>("first_result")  // which of these is the first result
       .template Attr<int64_t>("max_blocks");
 }
 
@@ -87,12 +89,13 @@ auto BindCopyByEngine(Binding binding) {
       .template Ret<Scratch>()
       .RemainingRets()
       .template Attr<Integers>("plan")
+      .template Attr<int64_t>("first_result")
       .template Attr<int64_t>("max_blocks")          // of a kernel between the pools
       .template Attr<int64_t>("max_staging_blocks")  // of one between staging and layers
       .template Attr<int64_t>("min_engine_pairs");   // that are not skipped, for the copy engine; fewer: by kernel
 }
 
-// Binds the start of a load and a store, of which either may be empty. The call is made twice: see overlap.py.
+// Binds the start of a load and a store, of which either may be empty. The call is made twice: see flight.py.
 template <typename Binding>
 auto BindStart(Binding binding) {
   return std::move(binding)
@@ -115,15 +118,30 @@ auto BindStart(Binding binding) {
 }
 
 // Binds a wait: what it returns are its first operands, the others are there for order.
+//
+// An end waits for whatever is still waited for. Waits for one layer each, in a loop, are made twice, as the start is.
 template <typename Binding>
 auto BindWait(Binding binding) {
   return std::move(binding)
       .template Arg<Scratch>()
       .RemainingArgs()  // arrays of the device pool, then what comes before the wait
       .template Ret<Scratch>()
-      .RemainingRets()                     // the arrays
-      .template Attr<Integers>("arrays");  // which of the start's they are
+      .RemainingRets()                          // the arrays
+      .template Attr<Integers>("arrays")        // which of the start's they are
+      .template Attr<int64_t>("layer_operand")  // which operand behind the scratch is a layer's number, or -1
+      .template Attr<int64_t>("num_ends");      // 0, or how often this end is called
 }
+
+// The number of a layer that a wait was given: null if it was given none.
+inline ffi::ErrorOr<const int32_t*> LayerOf(ffi::RemainingArgs operands, int64_t layer_operand) {
+  if (layer_operand < 0) return static_cast<const int32_t*>(nullptr);
+  const auto layer = operands.get<Scalar>(static_cast<size_t>(layer_operand));
+  if (layer.has_error()) return ffi::Unexpected(layer.error());
+  return layer->typed_data();
+}
+
+inline constexpr char kWaitedOutOfOrder[] =
+    "a flight: layers were waited for in another order than theirs, so that what was computed is wrong";
 
 inline Bytes AsBytes(const Scratch& scratch) {
   return {reinterpret_cast<char*>(scratch.typed_data()), static_cast<int64_t>(scratch.size_bytes())};
@@ -166,7 +184,7 @@ inline ffi::ErrorOr<Bytes> InPlace(const Scratch& scratch, ffi::Result<Scratch>&
 inline ffi::ErrorOr<CopyOperands> CheckOperands(const LiveMemory& live, const HostArray& host,
                                                 const PageIds& device_pages, const PageIds& host_pages,
                                                 const int32_t* layer, ffi::RemainingArgs arrays,
-                                                ffi::RemainingRets results, Integers plan, bool is_store = false) {
+                                                ffi::RemainingRets results, Integers plan, int64_t first_result = 0) {
   auto pieces = live.PiecesOf(host.untyped_data());
   if (!live.Contains(host.untyped_data(), static_cast<int64_t>(host.size_bytes()))) {
     return ffi::Unexpected(FailedPrecondition(
@@ -178,9 +196,7 @@ inline ffi::ErrorOr<CopyOperands> CheckOperands(const LiveMemory& live, const Ho
     return ffi::Unexpected(FailedPrecondition("device_pages and host_pages differ in length"));
   }
   const size_t num_arrays = NumArrays(AsSpan(plan));
-  // Where there are fewer arrays, or no plan, ReadPlan says so.
-  const size_t last = std::min(num_arrays, arrays.size()) - 1;
-  auto in_place = InPlace(arrays, results, is_store && num_arrays > 0 && arrays.size() > 0 ? last : 0);
+  auto in_place = InPlace(arrays, results, static_cast<size_t>(first_result));
   if (in_place.has_error()) return ffi::Unexpected(in_place.error());
   if (in_place->size() > num_arrays) in_place->resize(num_arrays);  // without what is there for order
   return CopyOperands{

@@ -15,9 +15,9 @@ ffi::Error CopyNow(const CopyOperands& operands, Direction direction, Integers p
 
 template <Direction direction>
 ffi::Error CopyCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer, ffi::RemainingArgs arrays,
-                   ffi::RemainingRets results, Integers plan, int64_t /*max_blocks*/) {
+                   ffi::RemainingRets results, Integers plan, int64_t first_result, int64_t /*max_blocks*/) {
   auto operands = CheckOperands(GetLiveMemory(), host, device_pages, host_pages, layer.typed_data(), arrays, results,
-                                plan, direction == Direction::kStore);
+                                plan, first_result);
   if (operands.has_error()) return operands.error();
   return CopyNow(*operands, direction, plan);
 }
@@ -26,22 +26,25 @@ ffi::Error CopyCpu(HostArray host, PageIds device_pages, PageIds host_pages, Sca
 template <Direction direction>
 ffi::Error CopyByEngineCpu(HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer, Scratch scratch,
                            ffi::RemainingArgs arrays, ffi::Result<Scratch> same, ffi::RemainingRets results,
-                           Integers plan, int64_t max_blocks, int64_t /*max_staging_blocks*/,
+                           Integers plan, int64_t first_result, int64_t max_blocks, int64_t /*max_staging_blocks*/,
                            int64_t /*min_engine_pairs*/) {
   const auto memory = InPlace(scratch, same);
   if (memory.has_error()) return memory.error();
   const auto ids_bytes = static_cast<int64_t>(device_pages.size_bytes() + host_pages.size_bytes());
   if (memory->bytes < ids_bytes) return FailedPrecondition("the scratch is too small");
-  return CopyCpu<direction>(host, device_pages, host_pages, layer, arrays, results, plan, max_blocks);
+  return CopyCpu<direction>(host, device_pages, host_pages, layer, arrays, results, plan, first_result, max_blocks);
 }
 
-// What a flight's scratch begins with: how often it was started.
-int64_t& NumStarts(const Bytes& scratch) { return *reinterpret_cast<int64_t*>(scratch.data); }
+// What a flight's scratch begins with: how often it was started, and waited for.
+struct Counts {
+  int64_t num_starts, num_waits;
+};
+Counts& CountsOf(const Bytes& scratch) { return *reinterpret_cast<Counts*>(scratch.data); }
 
 ffi::Error ScratchCpu(ffi::RemainingArgs /*operands*/, ffi::Result<Scratch> scratch) {
   const Bytes bytes = AsBytes(*scratch);
-  if (bytes.bytes < static_cast<int64_t>(sizeof(int64_t))) return FailedPrecondition("the scratch is too small");
-  NumStarts(bytes) = 0;
+  if (bytes.bytes < static_cast<int64_t>(sizeof(Counts))) return FailedPrecondition("the scratch is too small");
+  CountsOf(bytes) = {};
   return ffi::Error::Success();
 }
 
@@ -59,17 +62,23 @@ ffi::Error StartCpu(HostArray host, PageIds load_device_pages, PageIds load_host
   if (loaded.has_error()) return loaded.error();
   const auto flight = InPlace(scratch, same);
   if (flight.has_error()) return flight.error();
-  if (flight->bytes < std::max<int64_t>(load_scratch_bytes + store_scratch_bytes, sizeof(int64_t))) {
+  if (flight->bytes < std::max<int64_t>(load_scratch_bytes + store_scratch_bytes, sizeof(Counts))) {
     return FailedPrecondition("the scratch is too small");
   }
-  if (NumStarts(*flight)++ > 0) return ffi::Error::Success();
+  if (CountsOf(*flight).num_starts++ > 0) return ffi::Error::Success();
   if (auto error = CopyNow(*stored, Direction::kStore, store_plan); error.failure()) return error;
   return CopyNow(*loaded, Direction::kLoad, load_plan);
 }
 
 ffi::Error WaitCpu(Scratch scratch, ffi::RemainingArgs operands, ffi::Result<Scratch> same, ffi::RemainingRets results,
-                   Integers /*arrays*/) {
-  if (const auto flight = InPlace(scratch, same); flight.has_error()) return flight.error();
+                   Integers /*arrays*/, int64_t layer_operand, int64_t /*num_ends*/) {
+  const auto flight = InPlace(scratch, same);
+  if (flight.has_error()) return flight.error();
+  if (flight->bytes < static_cast<int64_t>(sizeof(Counts))) return FailedPrecondition("the scratch is too small");
+  const auto layer = LayerOf(operands, layer_operand);
+  if (layer.has_error()) return layer.error();
+  const int64_t expected = CountsOf(*flight).num_waits++ / 2;  // of a layer, each wait is made twice
+  if (*layer != nullptr && **layer != expected) return FailedPrecondition(kWaitedOutOfOrder);
   const auto in_place = InPlace(operands, results);
   return in_place.has_error() ? in_place.error() : ffi::Error::Success();
 }

@@ -50,10 +50,11 @@ class UnlessDone {
 
 template <Direction direction>
 ffi::Error CopyCuda(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages, Scalar layer,
-                    ffi::RemainingArgs arrays, ffi::RemainingRets results, Integers plan, int64_t max_blocks) {
+                    ffi::RemainingArgs arrays, ffi::RemainingRets results, Integers plan, int64_t first_result,
+                    int64_t max_blocks) {
   num_handler_calls.fetch_add(1, std::memory_order_relaxed);
   auto operands = CheckOperands(*live_memory, host, device_pages, host_pages, layer.typed_data(), arrays, results, plan,
-                                direction == Direction::kStore);
+                                first_result);
   if (operands.has_error()) return operands.error();
   flights.AbandonOver(operands->arrays);
   std::vector<Stage> stages;
@@ -76,10 +77,10 @@ ffi::Error ScratchCuda(cudaStream_t /*stream*/, ffi::RemainingArgs /*operands*/,
 template <Direction direction>
 ffi::Error CopyByEngineCuda(cudaStream_t stream, HostArray host, PageIds device_pages, PageIds host_pages,
                             Scalar /*layer*/, Scratch scratch, ffi::RemainingArgs arrays, ffi::Result<Scratch> same,
-                            ffi::RemainingRets results, Integers plan, int64_t max_blocks, int64_t max_staging_blocks,
-                            int64_t min_engine_pairs) {
-  auto operands = CheckOperands(*live_memory, host, device_pages, host_pages, nullptr, arrays, results, plan,
-                                direction == Direction::kStore);
+                            ffi::RemainingRets results, Integers plan, int64_t first_result, int64_t max_blocks,
+                            int64_t max_staging_blocks, int64_t min_engine_pairs) {
+  auto operands =
+      CheckOperands(*live_memory, host, device_pages, host_pages, nullptr, arrays, results, plan, first_result);
   if (operands.has_error()) return operands.error();
   const auto staging = InPlace(scratch, same);
   if (staging.has_error()) return staging.error();
@@ -140,6 +141,7 @@ ffi::Error StartCuda(cudaStream_t stream, ffi::RunId run, HostArray host, PageId
     abandon.Done();
     return ffi::Error::Success();
   }
+  if (side->WasOutOfOrder()) return FailedPrecondition(std::string(kWaitedOutOfOrder) + ", in an earlier step");
   flights.AbandonOver({{*memory}});
   flights.AbandonOver(loaded->arrays);
   const auto [data, bytes] = *memory;
@@ -168,9 +170,9 @@ ffi::Error StartCuda(cudaStream_t stream, ffi::RunId run, HostArray host, PageId
 }
 
 // Makes `stream` wait for the next stage of the copies into these arrays of the device pool, number `indices` of the
-// start's.
+// start's; or, at the end, for all that are left.
 ffi::Error WaitForStage(cudaStream_t stream, Flight& flight, std::span<const Bytes> arrays,
-                        std::span<const int64_t> indices) {
+                        std::span<const int64_t> indices, bool is_end) {
   if (arrays.size() != indices.size()) return FailedPrecondition("a wait for other arrays than its plan says");
   for (size_t i = 0; i < arrays.size(); ++i) {
     const auto index = static_cast<size_t>(indices[i]);
@@ -180,14 +182,17 @@ ffi::Error WaitForStage(cudaStream_t stream, Flight& flight, std::span<const Byt
           "it was in use");
     }
   }
-  const auto stage = flight.CountWait();
-  if (!stage) return FailedPrecondition("more waits than the start was told of");
-  if (const cudaError_t error = flight.Wait(*stage, stream)) return CudaFailed("waiting for the copies", error);
+  auto stage = flight.CountWait();
+  if (!stage && !is_end) return FailedPrecondition("more waits than the start was told of");
+  for (; stage; stage = is_end ? flight.CountWait() : std::nullopt) {
+    if (const cudaError_t error = flight.Wait(*stage, stream)) return CudaFailed("waiting for the copies", error);
+  }
   return ffi::Error::Success();
 }
 
 ffi::Error WaitCuda(cudaStream_t stream, ffi::RunId run, Scratch scratch, ffi::RemainingArgs operands,
-                    ffi::Result<Scratch> same, ffi::RemainingRets results, Integers indices) {
+                    ffi::Result<Scratch> same, ffi::RemainingRets results, Integers indices, int64_t layer_operand,
+                    int64_t num_ends) {
   SideStreams* side = nullptr;
   if (const cudaError_t error = SideStreams::Get(side)) return CudaFailed("side streams", error);
   UnlessDone abandon([&] { flights.AbandonOf(run.run_id, *side); });  // the step has failed
@@ -199,8 +204,18 @@ ffi::Error WaitCuda(cudaStream_t stream, ffi::RunId run, Scratch scratch, ffi::R
   auto in_place = InPlace(operands, results);
   if (in_place.has_error()) return in_place.error();
   in_place->resize(results.size());
-  if (auto waited = WaitForStage(stream, *flight, *in_place, AsSpan(indices)); waited.failure()) return waited;
-  if (flight->IsOver()) flights.Remove(*flight);
+  const auto layer = LayerOf(operands, layer_operand);
+  if (layer.has_error()) return layer.error();
+  if (*layer != nullptr) {  // which the device alone knows: a layer's wait is made twice
+    const auto expected = static_cast<int32_t>(flight->num_waits() / 2);
+    if (const auto error = CheckEqual(*layer, expected, side->is_out_of_order(), stream)) {
+      return CudaFailed("checking the order of layers", error);
+    }
+  }
+  if (auto waited = WaitForStage(stream, *flight, *in_place, AsSpan(indices), num_ends > 0); waited.failure()) {
+    return waited;
+  }
+  if (num_ends > 0 && flight->CountEnd() == num_ends) flights.Remove(*flight);
   abandon.Done();
   return ffi::Error::Success();
 }

@@ -6,7 +6,7 @@
 namespace kvpool {
 
 std::optional<size_t> Flight::CountWait() {
-  if (IsOver()) return std::nullopt;
+  if (num_waits_ == wait_stages_.size()) return std::nullopt;
   return static_cast<size_t>(wait_stages_[num_waits_++]);
 }
 

@@ -22,9 +22,9 @@
 
 namespace kvpool {
 
-// One start, until the last of its waits. Waits come in the order in which they stand in the program, in a loop as
-// outside of one: each takes the scratch from the one before. So the n-th wait knows what it is for by counting, also
-// where a layer's number is known to the device alone.
+// One start, until its end, which waits for what is left. Waits come in the order in which they stand in the program,
+// in a loop as outside of one: each takes the scratch from the one before. So the n-th wait knows what it is for by
+// counting, also where a layer's number is known to the device alone.
 class Flight {
  public:
   // `scratch`: what all calls of the flight pass on. `run`: which execution of a program it belongs to. `wait_stages`:
@@ -48,7 +48,10 @@ class Flight {
   int CountStart() { return num_starts_++; }
   // What the next wait waits for; none if there were enough.
   std::optional<size_t> CountWait();
-  bool IsOver() const { return num_waits_ == wait_stages_.size(); }
+  // How many waits there were before.
+  size_t num_waits() const { return num_waits_; }
+  // How often an end was called, with this time.
+  int64_t CountEnd() { return ++num_ends_; }
 
   // Forks the side streams off `stream`, and enqueues the first stages.
   cudaError_t Start(cudaStream_t stream);
@@ -79,6 +82,7 @@ class Flight {
   Transfer store_, load_;
   std::vector<int64_t> wait_stages_;
   int num_starts_ = 0;
+  int64_t num_ends_ = 0;
   size_t num_waits_ = 0;                 // so far
   std::vector<std::vector<Mark>> done_;  // of each stage that is enqueued: for each direction that is copied
 };

@@ -55,6 +55,10 @@ cudaError_t SideStreams::Create() {
   if (flags_ == nullptr) {
     if (const cudaError_t error = cudaMalloc(&flags_, bytes)) return error;
   }
+  if (is_out_of_order_ == nullptr) {
+    if (const cudaError_t error = cudaMallocHost(&is_out_of_order_, sizeof(*is_out_of_order_))) return error;
+    *is_out_of_order_ = 0;
+  }
   if (const cudaError_t error = cudaMemsetAsync(flags_, 0, bytes, load())) return error;
   if (const cudaError_t error = cudaStreamSynchronize(load())) return error;
   for (size_t i = 0; i < sides_.size(); ++i) {

@@ -48,6 +48,11 @@ class SideStreams {
   cudaError_t TakeEvent(cudaEvent_t& event);
   void GiveBack(const std::vector<cudaEvent_t>& events);
 
+  // In pinned memory: a kernel sets it to 1 when layers are waited for in another order than theirs.
+  int32_t* is_out_of_order() const { return is_out_of_order_; }
+  // Whether one has; not again.
+  bool WasOutOfOrder() { return __atomic_exchange_n(is_out_of_order_, 0, __ATOMIC_RELAXED) != 0; }
+
   // Waits, on the host, for all streams: when a step has failed, what still runs must not outlive its buffers.
   void Synchronize();
 
@@ -62,6 +67,7 @@ class SideStreams {
   bool is_created_ = false;
   std::array<Side, 4> sides_;
   void* flags_ = nullptr;
+  int32_t* is_out_of_order_ = nullptr;
   std::mutex mutex_;  // of free_ and the newest marks: these are in the order of their streams
   std::vector<cudaEvent_t> free_;
 };

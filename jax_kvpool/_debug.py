@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +22,7 @@ from jax.experimental import io_callback
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from jax_kvpool._lowering import when_lowered
 from jax_kvpool._stablehlo import Program, is_used_later
 from jax_kvpool.calls import fenced
 from jax_kvpool.device_pool import DevicePool
@@ -31,8 +31,6 @@ from jax_kvpool.host_pool import HostPool
 __all__ = ["is_on", "watch"]
 
 _SWITCH: Final = "JAX_KVPOOL_CHECK"
-_LOWERED: Final = "/jax/core/compile/jaxpr_to_mlir_module_duration"
-"""What JAX tells listeners when a program has been lowered, on the thread that lowers it."""
 
 
 def is_on() -> bool:
@@ -141,35 +139,15 @@ def _returned(*arrays: Any, site: str) -> Sequence[Any]:
 
 
 def _lower(ctx: Any, *arrays: Any, site: str) -> Any:
-    _listen()
-    _lowering.module = ctx.module_context.module
+    when_lowered(ctx.module_context.module, _take_out_marks)
     return jax.ffi.ffi_lowering(_MARK)(ctx, *arrays, site=site)
 
 
 mlir.register_lowering(_mark, _lower)
 
 
-class _Lowering(threading.local):
-    module: Any = None
-    """The program that this thread is lowering, if it has a mark."""
-
-
-_lowering: Final = _Lowering()
-
-
-@functools.cache
-def _listen() -> None:
-    jax.monitoring.register_event_duration_secs_listener(_when_lowered)
-
-
-def _when_lowered(event: str, *_: Any, **__: Any) -> None:
-    """Takes the marks out of a program, and raises `ValueError` for what they say."""
-    if event != _LOWERED or _lowering.module is None:
-        return
-    program = Program(_lowering.module)
-    if not program.is_complete():  # a smaller one, which its lowering needs
-        return
-    _lowering.module = None
+def _take_out_marks(program: Program) -> None:
+    """Raises `ValueError` for what they say."""
     marks = program.custom_calls(_MARK)
     faults = [f"device: {fault}" for mark in marks if (fault := _fault(program, mark)) is not None]
     for mark in marks:

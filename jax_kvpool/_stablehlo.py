@@ -1,4 +1,4 @@
-"""Where the values of a lowered program go to and come from. For `_debug` alone."""
+"""Where the values of a lowered program go to and come from. For `_lowering` and who looks with it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ result is used, as it drops any dead code.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import jax
@@ -19,16 +19,25 @@ from jax.interpreters import ad, batching, mlir, xla
 
 from jax_kvpool._runtime import SCRATCH_TARGET
 
-__all__ = ["call", "fenced", "scratch", "whole"]
+__all__ = ["call", "fenced", "noted", "scratch", "whole"]
 
 
-def call(target: str, operands: Sequence[Any], in_place: Sequence[int], **attributes: Any) -> list[jax.Array]:
+def call(
+    target: str,
+    operands: Sequence[Any],
+    in_place: Sequence[int],
+    attributes: Mapping[str, int | tuple[int, ...]],
+    lowered: Callable[[Any], None] | None = None,
+) -> list[jax.Array]:
     """Calls a handler, which changes the operands number `in_place` where they are; returns these.
 
     Each is a result of the call at its own address, if XLA need not keep the old value; the handlers check that. What
-    else the call reads is neither copied nor returned. Attributes are ints, or tuples of ints.
+    else the call reads is neither copied nor returned.
+
+    `lowered`: is called with the module when the call is lowered, if JAX has not dropped it by then.
     """
-    params = {"target": target, "in_place": tuple(in_place), "attributes": tuple(attributes.items())}
+    static = tuple(attributes.items())
+    params = {"target": target, "in_place": tuple(in_place), "attributes": static, "lowered": lowered}
     return list(_call.bind(*operands, **params))  # type: ignore[no-untyped-call]
 
 
@@ -52,6 +61,12 @@ def fenced(arrays: Sequence[Any]) -> list[jax.Array]:
     return fenced
 
 
+def noted(array: jax.Array, lowered: Callable[[Any], None]) -> jax.Array:
+    """The array as it is. `lowered` is called with the module when it is lowered, if JAX has not dropped it by then."""
+    result: jax.Array = _note.bind(array, lowered=lowered)  # type: ignore[no-untyped-call]
+    return result
+
+
 def whole(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, traced on its own: JAX keeps all of its calls or none, whatever is used of its results, and refuses a
     value that leaves it in another way."""
@@ -70,11 +85,33 @@ def _results(*operands: Any, in_place: tuple[int, ...], **_: Any) -> list[Any]:
     return [operands[i] for i in in_place]
 
 
-def _lower(ctx: Any, *operands: Any, target: str, in_place: tuple[int, ...], attributes: tuple[Any, ...]) -> Any:
+def _lower(
+    ctx: Any,
+    *operands: Any,
+    target: str,
+    in_place: tuple[int, ...],
+    attributes: tuple[Any, ...],
+    lowered: Callable[[Any], None] | None,
+) -> Any:
+    if lowered is not None:
+        lowered(ctx.module_context.module)
     aliases = {operand: result for result, operand in enumerate(in_place)}
     rule = jax.ffi.ffi_lowering(target, has_side_effect=True, operand_output_aliases=aliases)
     as_int64 = {name: np.int64(v) if isinstance(v, int) else np.array(v, np.int64) for name, v in attributes}
     return rule(ctx, *operands, **as_int64)
+
+
+_note: Final = Primitive("jax_kvpool_note")
+
+
+@_note.def_abstract_eval  # type: ignore[misc]
+def _same(array: Any, **_: Any) -> Any:
+    return array
+
+
+def _lower_note(ctx: Any, array: Any, lowered: Callable[[Any], None]) -> list[Any]:
+    lowered(ctx.module_context.module)
+    return [array]
 
 
 def _refuse_vmap(*_: Any, **params: Any) -> NoReturn:
@@ -90,5 +127,6 @@ def _refuse_grad(*_: Any, **params: Any) -> NoReturn:
 
 
 mlir.register_lowering(_call, _lower)
+mlir.register_lowering(_note, _lower_note)
 batching.primitive_batchers[_call] = _refuse_vmap
 ad.primitive_jvps[_call] = _refuse_grad

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from jax_kvpool._check import MAX_INT32, int_array, is_staging, is_within
 
-__all__ = ["HostIds", "PageIds", "is_on_host", "page_pairs"]
+__all__ = ["HostIds", "PageIds", "is_on_host", "padded_size", "page_pairs"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
@@ -100,3 +100,15 @@ def _page_ids(name: str, pages: PageIds) -> Any:
 def is_on_host(pages: Any) -> bool:
     """Whether ids are in host memory, as those of `host_ids` on a GPU."""
     return isinstance(pages, jax.Array) and bool(jax.typeof(pages).memory_space == jax.memory.Space.Host)
+
+
+_GROWTH: Final = 8
+
+
+def padded_size(num: int, least: int = _GROWTH) -> int:
+    """How long an array of so many ids is made, so that few programs serve all: 0, `least`, 8 times that, 64 times."""
+    if num == 0:
+        return 0
+    while least < num:
+        least *= _GROWTH
+    return least

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import enum
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, is_staging
+from jax_kvpool._check import checked_int, checked_kind, is_staging
 from jax_kvpool._debug import watch
 from jax_kvpool._runtime import (
     LOAD_BY_ENGINE_TARGET,
@@ -23,19 +22,15 @@ from jax_kvpool._runtime import (
     STORE_TARGET,
 )
 from jax_kvpool.calls import call, fenced, scratch
+from jax_kvpool.choice import choose_copy
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
 from jax_kvpool.id_arrays import PageIds, is_on_host, page_pairs
-from jax_kvpool.plan import STAGED_ALIGNMENT, TRACED_LAYER, CopyPlan, Stages, copy_plan
-from jax_kvpool.tuning import current
+from jax_kvpool.plan import TRACED_LAYER, CopyPlan, Stages
 
 __all__ = ["PageStatus", "copy_pages", "load", "page_status", "store"]
 
 _BY_ENGINE: Final = {LOAD_TARGET: LOAD_BY_ENGINE_TARGET, STORE_TARGET: STORE_BY_ENGINE_TARGET}
-
-_STAGING_BLOCKS: Final = 32
-"""Of a kernel between staging and layers when no model runs beside it. Its time is the link's idle time at the end of a
-load, or at the beginning of a store: 63 MB take 1.30, 1.24 ms with 4, 32."""
 
 _MAX_DIFFERENCES: Final = 3  # of two specs, that an error names
 
@@ -78,7 +73,7 @@ def load(
       OverflowError: a list of ids with one that int32 cannot hold.
       JaxRuntimeError, from the running step: `host` is not the memory of an open `HostMemory`.
     """
-    return _copy(LOAD_TARGET, device, host, device_pages, host_pages, layer, max_blocks)
+    return _copy(LOAD_TARGET, device, host, device_pages, host_pages, layer, max_blocks)[0]
 
 
 def store(
@@ -101,7 +96,17 @@ def store(
 
     The pages have landed when any output of the program that stored them is ready.
     """
-    return _copy(STORE_TARGET, device, host, device_pages, host_pages, layer, max_blocks)
+    return _copy(STORE_TARGET, device, host, device_pages, host_pages, layer, max_blocks)[0]
+
+
+def read_only_store(
+    device: DevicePool, host: HostPool, device_pages: PageIds, host_pages: PageIds, token: jax.Array
+) -> jax.Array:
+    """As `store`, but the device pool is neither donated nor returned. Only the returned token, any small array, says
+    that it was done, and orders it: behind it come only those that are given the token."""
+    returned = _copy(STORE_TARGET, device, host, device_pages, host_pages, None, None, token)[1]
+    assert returned is not None
+    return returned
 
 
 def _copy(
@@ -112,43 +117,47 @@ def _copy(
     host_page_ids: PageIds,
     layer: int | jax.Array | None,
     max_blocks: int | None,
-) -> DevicePool:
-    """Checks everything that tracing can know, then makes the call."""
+    token: jax.Array | None = None,
+) -> tuple[DevicePool, jax.Array | None]:
+    """Checks everything that tracing can know, then makes the call. With a token, nothing else is changed by it."""
     check_kinds(device, host)
     device_pages, host_pages = page_pairs("device_pages", device_page_ids, "host_pages", host_page_ids)
     check_pools(device, host)
     is_load = target == LOAD_TARGET
-    door = "load" if is_load else "store"
-    checked = watch(door, device, host, **{door: (device_pages, host_pages)})
     arrays = device.flat_arrays("device.arrays")
     stages, traced_layer = _layer(layer, device)
-    plan, min_engine_pairs = _plan(is_load, device, host, device_pages, host_pages, stages)
-    num_scratch_bytes = None
-    attributes = {"max_blocks": checked_blocks(max_blocks)}
-    if is_on_host(device_pages) or is_on_host(host_pages):
+    choice = choose_copy(is_load, device, host, device_pages, host_pages, stages, max_blocks)
+    if choice.scratch_bytes is not None:
         if stages == TRACED_LAYER:
             raise ValueError("layer: a traced layer needs page ids in device memory, not those of host_ids")
         target = _BY_ENGINE[target]
-        num_scratch_bytes = scratch_bytes(plan, current().half_bytes, host_pages.size)
-        attributes["max_staging_blocks"] = _STAGING_BLOCKS if max_blocks is None else attributes["max_blocks"]
-        attributes["min_engine_pairs"] = min_engine_pairs
-    used = [arrays[i] for i in plan.arrays]
-    _warn_of_large_pools(used if is_load else used[-1:])
+    used = [*choice.plan.arrays]
+    # A load changes all arrays. A store changes none, but passes the last one through, so that the next load or store
+    # of this pool comes after it, or of this layer. One is enough, and each more would count as so much more memory
+    # (flight.py).
+    attributes = tuple({**choice.attributes, "first_result": 0 if is_load else len(used) - (token is None)}.items())
+    call = functools.partial(_call, target, choice.plan, attributes, choice.scratch_bytes, len(used) if is_load else 1)
+    operands = host.array, device_pages, host_pages, traced_layer
+    if token is not None:
+        return device, call(*operands, [*(arrays[i] for i in used), token])[-1]
+    door = "load" if is_load else "store"
+    checked = watch(door, device, host, **{door: (device_pages, host_pages)})
+    _warn_of_large_pools([arrays[i] for i in (used if is_load else used[-1:])])
     # The last array is what a store of all layers has returned: calls that concern one layer come after it, too.
-    indices = [*plan.arrays] if len(arrays) - 1 in plan.arrays else [*plan.arrays, len(arrays) - 1]
-    operands = host.array, device_pages, host_pages, traced_layer, [arrays[i] for i in indices]
-    changed = _call(target, plan, tuple(attributes.items()), num_scratch_bytes, *operands)
+    indices = used if len(arrays) - 1 in used else [*used, len(arrays) - 1]
+    changed = call(*operands, [arrays[i] for i in indices])
     for index, array in zip(indices, changed, strict=True):
         arrays[index] = array
-    return checked(device.with_flat_arrays(arrays))
+    return checked(device.with_flat_arrays(arrays)), None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=8, inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=9, inline=True)
 def _call(
     target: str,
     plan: CopyPlan,
     attributes: tuple[tuple[str, int], ...],
     num_scratch_bytes: int | None,
+    num_results: int,
     host: jax.Array,
     device_pages: jax.Array,
     host_pages: jax.Array,
@@ -158,17 +167,14 @@ def _call(
     operands = [host, device_pages, host_pages, layer]
     if num_scratch_bytes is not None:
         operands.append(scratch(num_scratch_bytes, device_pages, host_pages))
-    first, end = len(operands), len(operands) + len(plan.arrays)
-    # A load changes all arrays. A store changes none, but passes the last one through, so that the next load or store
-    # of this pool comes after it, or of this layer. One is enough, and each more would count as so much more memory
-    # (overlap.py).
-    through = range(first, end) if target in (LOAD_TARGET, LOAD_BY_ENGINE_TARGET) else [end - 1]
+    first = len(operands)
     operands += arrays
     on_device = [i for i, operand in enumerate(operands) if i > 0 and not is_on_host(operand)]
     for at, fence in zip(on_device, fenced([operands[i] for i in on_device]), strict=True):
         operands[at] = fence
-    in_place = [*range(4, first), *through]
-    changed = call(target, operands, in_place, plan=plan.integers, **dict(attributes))
+    first_result = first + dict(attributes)["first_result"]
+    in_place = [*range(4, first), *range(first_result, first_result + num_results)]
+    changed = call(target, operands, in_place, {"plan": plan.integers, **dict(attributes)})
     for at, array in zip(in_place, changed, strict=True):
         operands[at] = array
     return fenced(operands[first:])
@@ -190,61 +196,35 @@ def _warn_of_large_pools(changed: list[jax.Array]) -> None:
         )
 
 
-def engine_can_read(is_load: bool, device_pages: Any, host_pages: Any) -> bool:
-    """Whether the copy engine can be used with these ids: it needs the host's, and for a store also the device's, to
-    know which pairs it is to skip."""
-    return is_on_host(host_pages) and (is_load or is_on_host(device_pages))
+_travelling: dict[int, weakref.ref[Any]] = {}
+"""Arrays of pools whose pages travel beside a model that is being traced, by id."""
 
 
-def scratch_bytes(plan: CopyPlan, half_bytes: int, num_pairs: int) -> int:
-    """Device memory for the copies of a plan: two halves of staging, if the copy engine has something to do, and the
-    ids; in multiples of `STAGED_ALIGNMENT`, at least one."""
-    pages = min(max(half_bytes // max(plan.staged_page_bytes, 1), 1), num_pairs)
-    num_bytes = 2 * pages * plan.staged_page_bytes + 2 * 4 * num_pairs
-    return max(-(-num_bytes // STAGED_ALIGNMENT), 1) * STAGED_ALIGNMENT
+def departed(arrays: Sequence[Any]) -> list[int]:
+    """From now on nothing else may be done with the pool of these arrays, until `arrived` is called with the result."""
+    ids = [id(array) for array in arrays]
+    for number, array in zip(ids, arrays, strict=True):
+        # If tracing fails before they have arrived, they are gone, and others may get their ids.
+        _travelling[number] = weakref.ref(array, functools.partial(_gone, number))
+    return ids
 
 
-def _plan(
-    is_load: bool, device: DevicePool, host: HostPool, device_pages: Any, host_pages: Any, stages: Stages
-) -> tuple[CopyPlan, int]:
-    """The plan, with the copy engine where that may be worth it: never for a traced layer, whose stages are empty. And
-    for how many pairs that are not skipped it is: only the running call can count those."""
-    spec, tuning = device.spec, current()
-    plan_of = functools.partial(copy_plan, spec, device.layout, device.num_pages, host.layout, host.num_pages, stages)
-    pair_bytes = sum(spec.layer_bytes[layer] for layers in stages for layer in layers)
-    min_pairs = -(-tuning.min_engine_bytes // max(pair_bytes, 1))
-    if host_pages.size < min_pairs or not engine_can_read(is_load, device_pages, host_pages):
-        return plan_of(), min_pairs
-    return plan_of(tuning.min_load_span_bytes if is_load else tuning.min_store_span_bytes), min_pairs
+def _gone(number: int, _: Any) -> None:
+    _travelling.pop(number, None)
 
 
-_in_flight: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("in_flight", default=())
-
-
-@contextlib.contextmanager
-def in_flight(arrays: Sequence[Any]) -> Iterator[None]:
-    """While a model is traced whose pages travel beside it: nothing else may be done with the pool."""
-    before = _in_flight.set((*_in_flight.get(), *arrays))
-    try:
-        yield
-    finally:
-        _in_flight.reset(before)
-
-
-def checked_blocks(max_blocks: int | None) -> int:
-    """As given, or those of this GPU."""
-    if max_blocks is None:
-        return current().max_blocks
-    number = checked_int("max_blocks", max_blocks)
-    if not 0 < number <= MAX_INT32:
-        raise ValueError(f"max_blocks: expected a positive int below {2**31}, got {number}")
-    return number
+def arrived(ids: Iterable[int]) -> None:
+    for number in ids:
+        _travelling.pop(number, None)
 
 
 def check_pools(device: DevicePool, host: HostPool) -> None:
     """Raises `ValueError` unless these pools can be copied between."""
-    if any(a is b for a in jax.tree.leaves(device.arrays) for b in _in_flight.get()):
-        raise ValueError("device: pages of this pool are travelling (run_layers); apply_layer may use only its own kv")
+    if any(id(array) in _travelling for array in jax.tree.leaves(device.arrays)):
+        raise ValueError(
+            "device: pages of this pool are travelling (run_layers, begin); a layer may use only its own kv, until the "
+            "flight's end gives the pool back"
+        )
     if device.spec != host.spec:
         raise ValueError(f"host: its PageSpec differs from the device pool's: {_difference(device, host)}")
     if axes := _varying(host.array) - frozenset.intersection(*map(_varying, jax.tree.leaves(device.arrays))):

@@ -4,18 +4,27 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 from versions import Versions, fill, written, wrong_in_layer, wrong_on_host
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, _runtime, host_ids, load, overlap, run_layers, store
+from jax_kvpool import DevicePool, HostPool, PageSpec, _runtime, flight, host_ids, load, run_layers, store
 
 LARGE = PageSpec.uniform(64, 8, {"k": ((8, 64), "int32"), "v": ((8, 64), "int32")})  # 256 KB a page and layer
 PAGES = 24
 
 
 def wrong_slabs(
-    device, num_steps, layout, host_layout="page_first", on_host=False, pairs=((16, 16),), num_pools=1, matmuls=(0, 0)
+    device,
+    num_steps,
+    layout,
+    host_layout="page_first",
+    on_host=False,
+    pairs=((16, 16),),
+    num_pools=1,
+    matmuls=(0, 0),
+    loop="run_layers",
 ):
     """Runs steps that load and store random pages, some MB a layer, with no wait between them: `pairs`, in turn, says
     how many. A layer compares all its pages with what they must hold by then, and writes some, also of those that are
@@ -46,7 +55,7 @@ def wrong_slabs(
         done = []
         for (wrong, y), pool, (to_load, to_store, to_write) in zip(xs, pools, turns, strict=True):
             x, layers = (wrong, slow(y, matmuls[0])), functools.partial(apply_layer, to_write)
-            done.append(run_layers(layers, x, pool, host, load=to_load, store=to_store))
+            done.append(loops.LOOPS[loop](layers, x, pool, host, load=to_load, store=to_store))
         return [x for x, _ in done], [pool for _, pool in done]
 
     eye = np.eye(4096 if device.platform == "gpu" else 64, dtype=np.float32)
@@ -78,6 +87,15 @@ def test_steps_in_flight(device, layout, host_layout, mover_of_layers):
     assert wrong_slabs(device, num_steps, layout, host_layout, mover_of_layers != "kernel") == 0
 
 
+@pytest.mark.parametrize(
+    ("loop", "layout"),
+    [("begin", "per_layer"), ("begin", "stacked"), ("begin in a scan", "stacked"), ("begin in both", "stacked")],
+)
+def test_loops_of_an_engine_in_flight(device, loop, layout, mover_of_layers):
+    num_steps = 4 if device.platform == "cpu" else 300
+    assert wrong_slabs(device, num_steps, layout, on_host=mover_of_layers != "kernel", loop=loop) == 0
+
+
 @pytest.mark.parametrize("num_pools", [1, 2])
 def test_two_programs_in_flight(device, num_pools, mover_of_layers):
     """By turns, with a slow model: the copies of one are submitted while the other runs. With two pools each program
@@ -96,15 +114,17 @@ def test_two_programs_in_flight(device, num_pools, mover_of_layers):
 def test_a_wait_too_few_is_seen(gpu, monkeypatch, layout, pairs, mover_of_layers):
     """The mutant: layers wait for the stage before theirs, so they read what is not yet loaded, or write over what is
     not yet stored. (What is stored through staging has left their pages by then. The GEMMs let the CPU get ahead.)"""
-    start = overlap._start
+    call = flight.call
 
-    def mutant(attributes, *args):
+    def mutant(target, operands, in_place, attributes, *args):
+        if target != flight.START_TARGET:
+            return call(target, operands, in_place, attributes, *args)
         stages = attributes["wait_stages"]
         num_waits = 2 if layout == "stacked" else 1  # for a stage
         too_few = (*[0] * num_waits, *stages[: -num_waits - 1], stages[-1])
-        return start(attributes | {"wait_stages": too_few}, *args)
+        return call(target, operands, in_place, attributes | {"wait_stages": too_few}, *args)
 
-    monkeypatch.setattr(overlap, "_start", mutant)
+    monkeypatch.setattr(flight, "call", mutant)
     assert wrong_slabs(gpu, 3, layout, on_host=mover_of_layers != "kernel", pairs=[pairs], matmuls=(4, 0)) > 0
 
 

@@ -72,7 +72,7 @@ def make(device):
         else:
             by_engine = target in WITH_SCRATCH
             operands = [host.array, *pages[:2], jax.device_put(np.int32(0), device), *[memory] * by_engine]
-            ids, attributes = [1, 2], {"plan": plan, "max_blocks": np.int64(4)}
+            ids, attributes = [1, 2], {"plan": plan, "max_blocks": np.int64(4), "first_result": np.int64(0)}
             if by_engine:
                 attributes |= dict.fromkeys(("max_staging_blocks", "min_engine_pairs"), np.int64(1))
         arrays = range(len(operands), len(operands) + 2 * LAYERS)
@@ -193,7 +193,7 @@ def test_a_scratch_that_is_too_small_for_ids(make, target, num_bytes):
     refused(call, "the scratch is too small")
 
 
-@pytest.mark.parametrize("num_bytes", [4, 7])
+@pytest.mark.parametrize("num_bytes", [4, 15])
 def test_a_scratch_without_room_for_what_a_cpu_counts(num_bytes):
     with pytest.raises(jax.errors.JaxRuntimeError, match="the scratch is too small"), jax.default_device("cpu"):
         jax.block_until_ready(jax.jit(lambda: scratch(num_bytes))())
@@ -213,7 +213,7 @@ def test_a_wait_that_changes_nothing_in_place(make, copied):
         aliases = {i: i for i in range(len(started)) if i != (0 if copied == "scratch" else 2)}
         arrays = np.arange(2 * LAYERS, dtype=np.int64)
         return jax.ffi.ffi_call(_runtime.WAIT_TARGET, results, has_side_effect=True, input_output_aliases=aliases)(
-            *started, arrays=arrays
+            *started, arrays=arrays, layer_operand=np.int64(-1), num_ends=np.int64(0)
         )
 
     match = "the scratch of a call was copied" if copied == "scratch" else "array 1 was not updated in place"

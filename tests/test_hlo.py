@@ -2,6 +2,7 @@
 and writes."""
 
 import dataclasses
+import functools
 
 import hlo
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvpool import DEVICE_LAYOUTS, DevicePool, PageSpec, load, ops, overlap, run_layers, store, tuning
+from jax_kvpool import DEVICE_LAYOUTS, DevicePool, PageSpec, choice, flight, load, ops, run_layers, store, tuning
 
 pytestmark = pytest.mark.skipif(hlo.missing() is not None, reason=str(hlo.missing()))
 
@@ -150,13 +151,14 @@ def misplaced_waits(text):
 def test_layers_beside_copies(mesh, layout, mover, monkeypatch):
     """No copy of a pool, the start before any GEMM of the model, and the waits where they belong."""
     if mover != "kernel":  # a compile-only device has no memory spaces: as if the ids were in host memory
-        monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
+        for module in (choice, ops):
+            monkeypatch.setattr(module, "is_on_host", lambda pages: True)
     text = layers_beside_copies(mesh, layout)
     program = hlo.Program(text)
     assert hlo.copies_of(text, PAGES * 16 * 1024) == [] and program.broken_calls() == []
-    # The start in a loop of two, the wait of a scan in its loop; else a wait for each of four stages.
+    # The start in a loop of two; the wait of a scan in its loop, and its end; else a wait for each of four stages.
     assert text.count('custom_call_target="jax_kvpool_start"') == 1
-    assert text.count('custom_call_target="jax_kvpool_wait"') == (1 if layout == "stacked" else LAYERS)
+    assert text.count('custom_call_target="jax_kvpool_wait"') == (2 if layout == "stacked" else LAYERS)
     assert misplaced_waits(text) == []
 
     def is_start(instruction):
@@ -166,12 +168,12 @@ def test_layers_beside_copies(mesh, layout, mover, monkeypatch):
     assert not any(map(program.is_gemm, program.entry[: start + 1]))
 
 
-def without_x(real, indices, x, flight, *arrays):
-    return real(indices, (), flight, *arrays)
+def without_x(real, indices, leaves, carry, *rest, **options):
+    return real(indices, [], carry, *rest, **options)
 
 
-def without_arrays(real, indices, x, flight, *arrays):
-    return [real(indices, x, flight, *arrays)[0], *arrays]
+def without_arrays(real, indices, leaves, carry, *rest, **options):
+    return [real(indices, leaves, carry, *rest, **options)[0], *carry[1:]]
 
 
 @pytest.mark.usefixtures("mover")
@@ -182,8 +184,8 @@ def without_arrays(real, indices, x, flight, *arrays):
 def test_misplaced_waits_are_seen(mesh, monkeypatch, mutant, layout):
     """Waits that do not depend on x XLA puts right behind the start. (In a scan each stays in its turn.) And arrays
     that do not come from the wait are used before it, or copied."""
-    real = overlap._wait
-    monkeypatch.setattr(overlap, "_wait", lambda *args: mutant(real, *args))
+    real = flight._wait
+    monkeypatch.setattr(flight, "_wait", functools.partial(mutant, real))
     text = layers_beside_copies(mesh, layout)
     assert misplaced_waits(text) or hlo.copies_of(text, PAGES * 16 * 1024)
 

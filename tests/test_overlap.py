@@ -18,10 +18,11 @@ from jax_kvpool import (
     PageSpec,
     Slab,
     _runtime,
+    choice,
+    flight,
     host_ids,
     load,
     ops,
-    overlap,
     run_layers,
     store,
     tuning,
@@ -85,7 +86,9 @@ def in_order(apply_layer, x, device, host, load_pairs, store_pairs):
     return x, device.with_flat_arrays(arrays)
 
 
-def check(spec, layout, device, seed, mover="kernel", host_layout="page_first", steps=2, make_ids=host_ids):
+def check(
+    spec, layout, device, seed, mover="kernel", host_layout="page_first", steps=2, make_ids=host_ids, run=run_layers
+):
     """Compares whole pools and x after some steps with random pairs."""
     rng = np.random.default_rng(seed)
     pool, content, host = random_pools(spec, layout, device, rng, host_layout)
@@ -94,7 +97,7 @@ def check(spec, layout, device, seed, mover="kernel", host_layout="page_first", 
     twin_host = HostPool.create(spec, HOST_PAGES, host_layout, device=device)
     twin_host.memories[0].view(writable=True)[:] = host.memories[0].view()
     apply_layer = layer_over(pool)
-    step = jax.jit(lambda x, d, h, lp, sp: run_layers(apply_layer, x, d, h, load=lp, store=sp), donate_argnums=1)
+    step = jax.jit(lambda x, d, h, lp, sp: run(apply_layer, x, d, h, load=lp, store=sp), donate_argnums=1)
     expected = jax.jit(functools.partial(in_order, apply_layer), donate_argnums=1)
     x = want = jax.device_put(np.int32(1), device)
     for _ in range(steps):
@@ -226,7 +229,8 @@ def test_ids_in_pinned_memory_that_is_not_ours(device, foreign_ids, is_foreign):
     ],
 )
 def test_stages(monkeypatch, page_size, num_pairs, num_stages):
-    monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
+    for module in (choice, ops):
+        monkeypatch.setattr(module, "is_on_host", lambda pages: True)
     spec = PageSpec.uniform(page_size, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))
     device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1)
     ids = np.zeros(num_pairs, np.int32)
@@ -342,13 +346,13 @@ def test_a_wait_for_another_array_is_refused(gpu, monkeypatch, copied):
     """As if XLA had copied an array while pages travelled to it, or what the waits know the start by."""
     pool, _, host = random_pools(SPECS["gqa"], "per_layer", gpu, np.random.default_rng(0))
     ids = np.array([2], np.int32), np.array([7], np.int32)
-    real = overlap._start
+    real = flight._counted_once
 
     def copying(*args):
-        flight, arrays, leaves = real(*args)
-        return (flight, [a + 1 for a in arrays], leaves) if copied == "arrays" else (flight + 1, arrays, leaves)
+        memory, *arrays, x = real(*args)
+        return [memory, *[a + 1 for a in arrays], x] if copied == "arrays" else [memory + 1, *arrays, x]
 
-    monkeypatch.setattr(overlap, "_start", copying)
+    monkeypatch.setattr(flight, "_counted_once", copying)
     step = jax.jit(lambda x, d, h: run_layers(layer_over(d), x, d, h, load=ids))
     match = "another array than it is loaded into" if copied == "arrays" else "a wait without a start"
     with pytest.raises(jax.errors.JaxRuntimeError, match=match):

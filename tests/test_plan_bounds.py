@@ -202,7 +202,7 @@ def ffi_load(integers, host, arrays):
         input_output_aliases={4 + i: i for i in range(len(arrays))},
     )
     ids = np.zeros(1, np.int32)
-    attributes = {"plan": np.array(integers, np.int64), "max_blocks": np.int64(1)}
+    attributes = {"plan": np.array(integers, np.int64), "max_blocks": np.int64(1), "first_result": np.int64(0)}
     return call(host, ids, ids, np.int32(0), *arrays, **attributes)
 
 

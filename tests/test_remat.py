@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvpool import PageSpec, load, ops, overlap, run_layers, store
+from jax_kvpool import PageSpec, choice, flight, load, ops, run_layers, store
 from jax_kvpool.calls import call, fenced, scratch
 
 pytestmark = pytest.mark.skipif(hlo.missing() is not None, reason=str(hlo.missing()))
@@ -190,7 +190,8 @@ def foreign(dump, waits_in_loop):
 )
 def test_what_side_streams_use_is_theirs(mesh, tmp_path, monkeypatch, mover, directions, ids, layout):
     if mover == "engine":
-        monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
+        for module in (choice, ops):
+            monkeypatch.setattr(module, "is_on_host", lambda pages: True)
     compiled(mesh, beside(layout, directions, ids=ids), layout, 30, tmp_path, FEW_LAYERS)
     assert foreign(tmp_path, layout == "stacked") == []
 
@@ -204,13 +205,13 @@ def test_what_side_streams_use_is_theirs_in_a_scan(mesh, tmp_path, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_scratch_that_is_freed_early_is_seen(mesh, tmp_path, monkeypatch, layout):
     """The mutant: waits do not pass the scratch on."""
-    start = overlap._start
+    real = flight._counted_once
 
-    def forgetful(*args):
-        flight, *rest = start(*args)
-        return scratch(flight.size + 256, *args[-1]), *rest
+    def forgetful(call, carry):
+        memory, *rest = real(call, carry)
+        return [scratch(memory.size + 256, *rest), *rest]
 
-    monkeypatch.setattr(overlap, "_start", forgetful)
+    monkeypatch.setattr(flight, "_counted_once", forgetful)
     compiled(mesh, beside(layout, ["load"]), layout, 30, tmp_path, FEW_LAYERS)
     assert foreign(tmp_path, layout == "stacked") != []
 
@@ -223,9 +224,10 @@ def test_ids_kept_alive_as_values_are_seen(mesh):
         arrays = pool.flat_arrays()
 
         def passed_through(arrays):
-            flight = scratch(1 << 10, pages)
-            operands = [flight, *fenced(arrays), host_pages]
-            return fenced(call(overlap.WAIT_TARGET, operands, range(1 + len(arrays)), arrays=(0,))[1:])
+            memory = scratch(1 << 10, pages)
+            attributes = {"arrays": (0,), "layer_operand": -1, "num_ends": 0}
+            operands = [memory, *fenced(arrays), host_pages]
+            return fenced(call(flight.WAIT_TARGET, operands, range(1 + len(arrays)), attributes)[1:])
 
         pool = pool.with_flat_arrays(passed_through(arrays))
         x, pool = by_turns(layer_of("per_layer", pages, weights, writes=True), (x, jnp.float32(0)), pool)

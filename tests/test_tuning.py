@@ -16,9 +16,9 @@ from jax_kvpool import (
     Tuning,
     calibrate,
     calibration,
+    choice,
     load,
     ops,
-    overlap,
     tuning,
 )
 from jax_kvpool.plan import copy_plan
@@ -57,19 +57,22 @@ def test_without_a_gpu():
 def test_staging_beside_a_model(megabytes, half):
     """The link does not idle while a kernel waits for the model's blocks to end."""
     with tuning.using(H100):
-        assert overlap._half_bytes(megabytes << 20) == half << 20
+        assert choice._half_bytes_beside(megabytes << 20) == half << 20
 
 
 def test_who_moves_what(monkeypatch):
     page16 = PageSpec.uniform(16, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 2 MB a page
     page64 = PageSpec.uniform(64, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))  # 8 MB a page
-    monkeypatch.setattr(ops, "is_on_host", lambda pages: pages is not None)
+    for module in (choice, ops):
+        monkeypatch.setattr(module, "is_on_host", lambda pages: pages is not None)
 
     def is_by_engine(is_load, spec, num_pairs, layer=None, host_layout="page_first", is_on_host=True):
         device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1, host_layout)
         host_pages = np.zeros(num_pairs, np.int32)
         stages = (spec.layers,) if layer is None else ((layer,),)
-        plan, _ = ops._plan(is_load, device, host, host_pages if is_on_host else None, host_pages, stages)
+        plan = choice.choose_copy(
+            is_load, device, host, host_pages if is_on_host else None, host_pages, stages, None
+        ).plan
         assert plan.is_by_engine == (plan.staged_page_bytes > 0)
         return plan.is_by_engine
 
@@ -163,7 +166,8 @@ def test_what_is_traced_follows_it():
 @pytest.mark.parametrize(("given", "blocks", "staging_blocks"), [(None, 4, 32), (5, 5, 5)])
 def test_blocks_of_a_staging_kernel(monkeypatch, given, blocks, staging_blocks):
     """Many, since no model runs beside it. 15 pages are 31 MB, for which a kernel is quicker."""
-    monkeypatch.setattr(ops, "is_on_host", lambda pages: True)
+    for module in (choice, ops):
+        monkeypatch.setattr(module, "is_on_host", lambda pages: True)
     spec = PageSpec.uniform(16, 32, dict.fromkeys("kv", ((8, 128), "bfloat16")))
     device, host = DevicePool.create(spec, 1), HostPool.create(spec, 1)
     ids = np.zeros(64, np.int32)

@@ -19,16 +19,13 @@ from jax_kvpool.cache.sequence import Matched, Moves, Sequence
 from jax_kvpool.cache.tiers import Tiers
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
+from jax_kvpool.id_arrays import padded_size
 from jax_kvpool.tuning import current
 
 if TYPE_CHECKING:
     from jax_kvpool.stores import PageStore  # which needs more than the cache does
 
 __all__ = ["KVCache"]
-
-_GROWTH: Final = 8
-"""From one length of the arrays in `Moves` to the next: 0, 8, 64, 512, ... for stores and loads, which are as long as
-each other, and 0, 1, 8, ... for copies, since a fork copies one page, as a rule. A program for each that occurs."""
 
 _LOAD_COST: Final = 10
 """How many times as long it takes to compute KV as to load its bytes: Llama 3 8B computes 16 GFLOP for the 131 KB of a
@@ -307,8 +304,9 @@ class KVCache:
         stores = [*plan.stores.values()], [*plan.stores]
         loads = self._tiers.device_page[plan.loads], self._tiers.host_page[plan.loads]
         nums = [len(ids) for ids, _ in (copies, stores, loads)]
-        size = _size_of(max(nums[1:]), _GROWTH)
-        sizes = (_size_of(nums[0], 1), size, size)
+        # A fork copies one page, as a rule.
+        size = padded_size(max(nums[1:]))
+        sizes = (padded_size(nums[0], 1), size, size)
         arrays = [self._ids(*pairs, n) for pairs, n in zip((copies, stores, loads), sizes, strict=True)]
         self._moves = Moves(arrays[0], arrays[1], arrays[2], plan.step, nums[0], nums[1], nums[2])
         return self._moves
@@ -322,7 +320,7 @@ class KVCache:
             yield Moves(self._ids([], [], 0), ids, ids)
             if size >= num_most:
                 return
-            size = _size_of(size + 1, _GROWTH)
+            size = padded_size(size + 1)
 
     def dispatched(self, moves: Moves, output: Any = None) -> None:
         """The step was called, so its moves come before those of all later ones.
@@ -548,14 +546,6 @@ class KVCache:
     def _check_in_flight(self, moves: Moves) -> None:
         if all(moves is not other for other, _ in self._in_flight):
             raise ValueError(f"moves: expected those of a step that is dispatched and not done, got step {moves.step}")
-
-
-def _size_of(num: int, least: int) -> int:
-    if num == 0:
-        return 0
-    while least < num:
-        least *= _GROWTH
-    return least
 
 
 def _min_pages(device: DevicePool) -> int:
