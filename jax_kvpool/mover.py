@@ -25,8 +25,8 @@ __all__ = ["Mover", "Transfer"]
 class Transfer:
     """A copy that was dispatched. Asked from any thread, also when the arrays have long been donated to a step."""
 
-    def __init__(self, result: jax.Array) -> None:
-        self._result = result
+    def __init__(self, result: Any) -> None:
+        self._result = result  # an array that nobody donates
 
     def done(self) -> bool:
         """Whether it is over on all devices of this process; what it copied is there, unless `wait` raises."""
@@ -62,7 +62,7 @@ class Mover:
       make_ids: what ids are handed to the programs as, as in `KVCache`: `host_ids`, with the mesh if there is one, for
         the copy engine.
 
-    Raises `TypeError` or `ValueError` for arrays that `DevicePool.wrap` refuses, or on other devices than the host pool.
+    Raises `TypeError` or `ValueError` for arrays that `DevicePool.wrap` refuses, or that are elsewhere than the pool.
     """
 
     def __init__(
@@ -82,16 +82,14 @@ class Mover:
         if not places or not all(isinstance(place, _Place) for place in places):
             raise TypeError(f"select: expected it to return a tree of the arrays it was given, got {shown(selected)}")
         self._used = [place.number for place in places]
-        self._types = [
-            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_sharding_of(a)) for a in _at(leaves, self._used)
-        ]
+        self._types = [_type_of(array) for array in _at(leaves, self._used)]
         self._mesh = _mesh_of(self._types, host)
         self._check_types()
         # A number for each device, so that all of them can be asked.
-        axes = PartitionSpec() if self._mesh is None else PartitionSpec(self._mesh.axis_names)  # type: ignore[no-untyped-call]
-        sharding = self._types[0].sharding if self._mesh is None else NamedSharding(self._mesh, axes)
+        self._axes = PartitionSpec(None if self._mesh is None else self._mesh.axis_names)  # type: ignore[no-untyped-call]
+        sharding = self._types[0].sharding if self._mesh is None else NamedSharding(self._mesh, self._axes)
         self._zeros = jax.device_put(np.zeros(1 if self._mesh is None else self._mesh.size, np.int32), sharding)
-        self._token = self._zeros  # of the last store
+        self._token: Any = self._zeros  # of the last store
         self._programs = dict[tuple[bool, int], Any]()
         self._lock = threading.Lock()  # the order of stores is that of their tokens
 
@@ -144,7 +142,7 @@ class Mover:
 
     def _leaves(self, arrays: Any) -> list[jax.Array]:
         leaves, tree = jax.tree.flatten(arrays)
-        if tree != self._tree:
+        if tree != self._tree:  # type: ignore[operator]
             raise ValueError(f"arrays: expected the structure of the example, {self._tree}, got {tree}")
         return leaves
 
@@ -159,7 +157,7 @@ class Mover:
         padded[0, :num], padded[1, :num] = first, second
         return self._make_ids(padded[0]), self._make_ids(padded[1])
 
-    def _last_token(self) -> jax.Array:
+    def _last_token(self) -> Any:
         """What the next store comes behind: nothing of a store that has failed."""
         if self._token.is_ready():
             try:
@@ -172,16 +170,15 @@ class Mover:
         key = is_load, len(device_pages)
         if (program := self._programs.get(key)) is None:
             of_arrays, of_host = self._specs()
-            token = self._zeros.sharding.spec if self._mesh is not None else None
-            everywhere = PartitionSpec()  # type: ignore[no-untyped-call]
-            in_specs, out_specs = (of_arrays, of_host, token, everywhere, everywhere), (of_arrays, token)
-            function = self._over_mesh(
-                self._load if is_load else self._store, in_specs, out_specs if is_load else token
-            )
-            shardings = [type_.sharding for type_ in self._types], self._zeros.sharding
-            jitted = jax.jit(
-                function, donate_argnums=0 if is_load else (), out_shardings=shardings if is_load else shardings[1]
-            )
+            of_token, everywhere = self._axes, PartitionSpec()  # type: ignore[no-untyped-call]
+            in_specs = of_arrays, of_host, of_token, everywhere, everywhere
+            shardings: Any = self._zeros.sharding
+            if is_load:
+                function = self._over_mesh(self._load, in_specs, (of_arrays, of_token))
+                shardings = [type_.sharding for type_ in self._types], shardings
+            else:
+                function = self._over_mesh(self._store, in_specs, of_token)
+            jitted = jax.jit(function, donate_argnums=0 if is_load else (), out_shardings=shardings)
             lowered = jitted.lower(self._types, self._host, self._zeros, device_pages, host_pages)
             program = self._programs[key] = lowered.compile()
         return program
@@ -195,10 +192,10 @@ class Mover:
         done, *arrays = fenced([zeros + 1, *jax.tree.leaves(load(self._pool(arrays), host, *ids).arrays)])
         return arrays, done
 
-    def _store(self, arrays: list[Any], host: HostPool, token: jax.Array, *ids: Any) -> jax.Array:
-        return read_only_store(self._pool(arrays), host, *ids, token)
+    def _store(self, arrays: list[Any], host: HostPool, token: jax.Array, first: Any, second: Any) -> jax.Array:
+        return read_only_store(self._pool(arrays), host, first, second, token)
 
-    def _inside(self, op: Any, arrays: Any, host: HostPool, device_pages: PageIds, host_pages: PageIds) -> Any:
+    def _inside(self, op: Any, arrays: Any, host: HostPool, device_pages: Any, host_pages: Any) -> Any:
         leaves = self._leaves(arrays)
         if not len(host_pages) and not len(device_pages):
             return arrays
@@ -222,7 +219,7 @@ class Mover:
         return [type_.sharding.spec for type_ in self._types], jax.tree.map(lambda a: a.sharding.spec, self._host)
 
     def _over_mesh(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
-        # Arrays that are repeated over an axis, each with a host pool of its own, get equal pages, which JAX cannot know.
+        # Arrays that are repeated over an axis are equal; JAX cannot know that what is loaded is.
         if self._mesh is None:
             return function
         return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -255,28 +252,26 @@ def _int32(name: str, pages: npt.ArrayLike) -> npt.NDArray[Any]:
     return ids
 
 
-def _sharding_of(array: Any) -> jax.sharding.Sharding:
+def _type_of(array: Any) -> Any:
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, jax.sharding.Sharding):
         raise TypeError(f"arrays: expected arrays of JAX, or jax.ShapeDtypeStruct with a sharding, got {shown(array)}")
-    return sharding
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[no-untyped-call]
 
 
-def _mesh_of(types: list[jax.ShapeDtypeStruct], host: HostPool) -> jax.sharding.Mesh | None:
-    """The mesh of arrays that are on several devices."""
+def _mesh_of(types: list[Any], host: HostPool) -> Any:
+    """The mesh of arrays that are on several devices; None if they are on one."""
     of_host: Any = host.array.sharding
     for type_ in types:
         if type_.sharding.device_set != of_host.device_set:
-            raise ValueError(
-                f"host: expected a pool on the devices of the arrays, {sorted(map(str, type_.sharding.device_set))}, got "
-                f"{sorted(map(str, of_host.device_set))}"
-            )
+            names = [sorted(map(str, sharding.device_set)) for sharding in (type_.sharding, of_host)]
+            raise ValueError(f"host: expected a pool on the devices of the arrays, {names[0]}, got {names[1]}")
     if len(of_host.device_set) == 1:
         return None
-    meshes = {getattr(type_.sharding, "mesh", None) for type_ in types}
+    meshes: set[Any] = {getattr(type_.sharding, "mesh", None) for type_ in types}
     if len(meshes) > 1 or None in meshes:
         raise ValueError(f"arrays: expected all on one mesh (NamedSharding), got {types[0].sharding}")
-    mesh: jax.sharding.Mesh = meshes.pop()
+    mesh = meshes.pop()
     if mesh.axis_names != of_host.mesh.axis_names or (mesh.devices != of_host.mesh.devices).any():
         raise ValueError(f"host: expected a pool over the mesh of the arrays, {mesh}, got one over {of_host.mesh}")
     return mesh
