@@ -107,7 +107,8 @@ def start(
     # finds them by its address. x goes through, so that XLA cannot compute with it first: 0.12 puts the start behind
     # the first GEMM otherwise. Fenced, all have the same manual axes inside shard_map of JAX 0.10, as a loop needs.
     carry = fenced([scratch(choice.scratch_bytes, *ids), *arrays, *leaves])
-    memory, *started = _counted_once(start, carry)
+    with jax.named_scope("jax_kvpool.begin"):
+        memory, *started = _counted_once(start, carry)
     flight = Flight(memory, started[: len(arrays)], trip, 0)
     return flight, jax.tree.unflatten(structure, started[len(arrays) :])
 
@@ -310,7 +311,8 @@ def _wait(
         "layer_operand": -1 if layer is None else len(indices),
         "num_ends": num_ends,
     }
-    return call(WAIT_TARGET, operands, range(len(carry)), attributes)
+    with jax.named_scope("jax_kvpool.end" if num_ends else "jax_kvpool.wait"):
+        return call(WAIT_TARGET, operands, range(len(carry)), attributes)
 
 
 def _counted_once(call: Callable[[list[jax.Array]], list[jax.Array]], carry: list[jax.Array]) -> list[jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -81,8 +82,16 @@ class Mover:
         places, self._pool_tree = jax.tree.flatten(selected)
         if not places or not all(isinstance(place, _Place) for place in places):
             raise TypeError(f"select: expected it to return a tree of the arrays it was given, got {shown(selected)}")
-        self._used = [place.number for place in places]
-        self._types = [_type_of(array) for array in _at(leaves, self._used)]
+        used = [place.number for place in places]
+        if len({*used}) < len(used):
+            raise ValueError("select: expected each array once, got one twice")
+        # Quick, since each copy calls them: the arrays of a tree's leaves, and the leaves of a tree with others.
+        self._used = _picker(used)
+        with_changed = [*range(len(leaves))]
+        for number, leaf in enumerate(used):
+            with_changed[leaf] = len(leaves) + number
+        self._with_changed = _picker(with_changed)
+        self._types = tuple(_type_of(array) for array in self._used(leaves))
         self._mesh = _mesh_of(self._types, host)
         self._check_types()
         # A number for each device, so that all of them can be asked.
@@ -103,10 +112,8 @@ class Mover:
         leaves, ids = self._leaves(arrays), self._ids(device_pages, host_pages)
         if ids is None:
             return arrays, Transfer(self._zeros)
-        changed, done = self._program(True, *ids)(_at(leaves, self._used), self._host, self._zeros, *ids)
-        for number, array in zip(self._used, changed, strict=True):
-            leaves[number] = array
-        return jax.tree.unflatten(self._tree, leaves), Transfer(done)
+        changed, done = self._program(True, *ids)(self._used(leaves), self._host, self._zeros, *ids)
+        return jax.tree.unflatten(self._tree, self._with_changed([*leaves, *changed])), Transfer(done)
 
     def store(self, arrays: Any, device_pages: npt.ArrayLike, host_pages: npt.ArrayLike) -> Transfer:
         """`store` of arrays, which stay the caller's. Arguments and errors as of `load`."""
@@ -115,7 +122,7 @@ class Mover:
             return Transfer(self._zeros)
         program = self._program(False, *ids)
         with self._lock:
-            self._token = program(_at(leaves, self._used), self._host, self._last_token(), *ids)
+            self._token = program(self._used(leaves), self._host, self._last_token(), *ids)
             return Transfer(self._token)
 
     def compile(self, max_pages: int) -> None:
@@ -175,7 +182,7 @@ class Mover:
             shardings: Any = self._zeros.sharding
             if is_load:
                 function = self._over_mesh(self._load, in_specs, (of_arrays, of_token))
-                shardings = [type_.sharding for type_ in self._types], shardings
+                shardings = tuple(type_.sharding for type_ in self._types), shardings
             else:
                 function = self._over_mesh(self._store, in_specs, of_token)
             jitted = jax.jit(function, donate_argnums=0 if is_load else (), out_shardings=shardings)
@@ -183,16 +190,16 @@ class Mover:
             program = self._programs[key] = lowered.compile()
         return program
 
-    def _pool(self, arrays: list[Any]) -> DevicePool:
+    def _pool(self, arrays: tuple[Any, ...]) -> DevicePool:
         return DevicePool.wrap(jax.tree.unflatten(self._pool_tree, arrays), self._host.spec, self._layout)
 
-    def _load(self, arrays: list[Any], host: HostPool, zeros: jax.Array, *ids: Any) -> tuple[list[Any], jax.Array]:
+    def _load(self, arrays: tuple[Any, ...], host: HostPool, zeros: jax.Array, *ids: Any) -> tuple[Any, jax.Array]:
         # Ready with all outputs, but no array that a step may be given to donate; and not an argument as it is, which
         # JAX would give back before the program has run.
-        done, *arrays = fenced([zeros + 1, *jax.tree.leaves(load(self._pool(arrays), host, *ids).arrays)])
-        return arrays, done
+        done, *changed = fenced([zeros + 1, *jax.tree.leaves(load(self._pool(arrays), host, *ids).arrays)])
+        return tuple(changed), done
 
-    def _store(self, arrays: list[Any], host: HostPool, token: jax.Array, first: Any, second: Any) -> jax.Array:
+    def _store(self, arrays: tuple[Any, ...], host: HostPool, token: jax.Array, first: Any, second: Any) -> jax.Array:
         return read_only_store(self._pool(arrays), host, first, second, token)
 
     def _inside(self, op: Any, arrays: Any, host: HostPool, device_pages: Any, host_pages: Any) -> Any:
@@ -200,23 +207,20 @@ class Mover:
         if not len(host_pages) and not len(device_pages):
             return arrays
 
-        def move(used: list[Any], host: HostPool, *ids: Any) -> list[Any]:
-            return jax.tree.leaves(op(self._pool(used), host, *ids).arrays)
+        def move(used: tuple[Any, ...], host: HostPool, *ids: Any) -> tuple[Any, ...]:
+            return tuple(jax.tree.leaves(op(self._pool(used), host, *ids).arrays))
 
         of_arrays, of_host = self._specs()
         everywhere = PartitionSpec()  # type: ignore[no-untyped-call]
         move = self._over_mesh(move, (of_arrays, of_host, everywhere, everywhere), of_arrays)
-        for number, array in zip(
-            self._used, move(_at(leaves, self._used), host, device_pages, host_pages), strict=True
-        ):
-            leaves[number] = array
-        return jax.tree.unflatten(self._tree, leaves)
+        changed = move(self._used(leaves), host, device_pages, host_pages)
+        return jax.tree.unflatten(self._tree, self._with_changed([*leaves, *changed]))
 
     def _specs(self) -> tuple[Any, Any]:
         """Of the arrays and of the host pool, over the mesh."""
         if self._mesh is None:
             return None, None
-        return [type_.sharding.spec for type_ in self._types], jax.tree.map(lambda a: a.sharding.spec, self._host)
+        return tuple(type_.sharding.spec for type_ in self._types), jax.tree.map(lambda a: a.sharding.spec, self._host)
 
     def _over_mesh(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         # Arrays that are repeated over an axis are equal; JAX cannot know that what is loaded is.
@@ -241,8 +245,11 @@ class _Place:
         self.number = number
 
 
-def _at(leaves: list[Any], numbers: list[int]) -> list[Any]:
-    return [leaves[number] for number in numbers]
+def _picker(numbers: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """Takes these of a list."""
+    if len(numbers) == 1:
+        return lambda values: (values[numbers[0]],)
+    return operator.itemgetter(*numbers)
 
 
 def _int32(name: str, pages: npt.ArrayLike) -> npt.NDArray[Any]:
@@ -259,7 +266,7 @@ def _type_of(array: Any) -> Any:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # type: ignore[no-untyped-call]
 
 
-def _mesh_of(types: list[Any], host: HostPool) -> Any:
+def _mesh_of(types: tuple[Any, ...], host: HostPool) -> Any:
     """The mesh of arrays that are on several devices; None if they are on one."""
     of_host: Any = host.array.sharding
     for type_ in types:

@@ -138,9 +138,10 @@ def _copy(
     attributes = tuple({**choice.attributes, "first_result": 0 if is_load else len(used) - (token is None)}.items())
     call = functools.partial(_call, target, choice.plan, attributes, choice.scratch_bytes, len(used) if is_load else 1)
     operands = host.array, device_pages, host_pages, traced_layer
+    door = "load" if is_load else "store"
+    call = jax.named_scope(f"jax_kvpool.{door}")(call)
     if token is not None:
         return device, call(*operands, [*(arrays[i] for i in used), token])[-1]
-    door = "load" if is_load else "store"
     checked = watch(door, device, host, **{door: (device_pages, host_pages)})
     _warn_of_large_pools([arrays[i] for i in (used if is_load else used[-1:])])
     # The last array is what a store of all layers has returned: calls that concern one layer come after it, too.
