@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, int_array, is_within, shown
 from jax_kvpool.calls import fenced
@@ -267,15 +267,16 @@ def _type_of(array: Any) -> Any:
 
 
 def _mesh_of(types: tuple[Any, ...], host: HostPool) -> Any:
-    """The mesh of arrays that are on several devices; None if they are on one."""
+    """The mesh of the arrays and the host pool; None if they are on one device."""
     of_host: Any = host.array.sharding
     for type_ in types:
         if type_.sharding.device_set != of_host.device_set:
             names = [sorted(map(str, sharding.device_set)) for sharding in (type_.sharding, of_host)]
             raise ValueError(f"host: expected a pool on the devices of the arrays, {names[0]}, got {names[1]}")
-    if len(of_host.device_set) == 1:
-        return None
     meshes: set[Any] = {getattr(type_.sharding, "mesh", None) for type_ in types}
+    is_explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes if mesh is not None)
+    if len(of_host.device_set) == 1 and meshes != {of_host.mesh} and not is_explicit:
+        return None
     if len(meshes) > 1 or None in meshes:
         raise ValueError(f"arrays: expected all on one mesh (NamedSharding), got {types[0].sharding}")
     mesh = meshes.pop()
