@@ -141,6 +141,4 @@ def uninstall() -> None:
 
 def _check_lengths(first: list[int], second: list[int]) -> None:
     if len(first) != len(second):
-        raise ValueError(
-            f"expected a device page for each slot, got lists of {len(first)} and {len(second)}, a mismatch"
-        )
+        raise ValueError(f"expected a device page for each slot, got {len(first)} and {len(second)}, a length mismatch")
