@@ -142,30 +142,32 @@ class Flight:
             if layer.shape != () or layer.dtype != jnp.int32:
                 raise TypeError(f"layer: expected an int or a scalar int32, got {layer.dtype}{list(layer.shape)}")
             flight = self._wait_for_any(leaves, layer)
-            return flight, flight._kv(layer)
+            return flight, flight._kv()
         place = trip.place_of(layer)
         if place < self._next:
             raise ValueError(f"layer: expected one behind those that were waited for, got {layer}; they come in order")
         flight = self._wait_until(place, leaves)
-        return flight, flight._kv(layer)
+        return flight, flight._kv(place)
 
     def wait_for_next(self, x: Any) -> tuple[Flight, Any]:
         """`wait`, in a scan over stacked layers that has them in their order."""
         flight = self._wait_for_any([jnp.asarray(leaf) for leaf in jax.tree.leaves(x)])
-        return flight, flight._kv(None)
+        return flight, flight._kv()
 
     def put(self, layer: int | jax.Array, kv: Any) -> Flight:
         """Puts back what the layer has made of its `kv`: the same structure, shapes and dtypes. Raises `ValueError` for
         others, and for a layer that was not waited for."""
         trip = self._under_way()
-        check_like("kv: expected what the layer was given", self._kv(layer), kv)
         if trip.is_stacked:
+            check_like("kv: expected what the layer was given", self._kv(), kv)
             arrays = trip.device.with_flat_arrays(self._arrays).with_arrays(kv).flat_arrays()
             return Flight(self._memory, arrays, trip, self._next)
-        if trip.place_of(layer) >= self._next:
+        place = trip.place_of(layer)
+        if place >= self._next:
             raise ValueError(f"layer: expected one that was waited for, got {layer}")
+        check_like("kv: expected what the layer was given", self._kv(place), kv)
         arrays = list(self._arrays)
-        for name, index in trip.arrays_of(layer).items():
+        for name, index in trip.arrays_at(place).items():
             arrays[index] = kv if name is None else kv[name]
         return Flight(self._memory, arrays, trip, self._next)
 
@@ -197,10 +199,10 @@ class Flight:
             raise ValueError("flight: expected one that is under way, got one that has ended")
         return self._trip
 
-    def _kv(self, layer: Any) -> Any:
+    def _kv(self, place: int = 0) -> Any:
         if self._trip.is_stacked:
             return self._trip.device.with_flat_arrays(self._arrays).arrays
-        kv = {name: self._arrays[index] for name, index in self._trip.arrays_of(layer).items()}
+        kv = {name: self._arrays[index] for name, index in self._trip.arrays_at(place).items()}
         return kv.get(None, kv)
 
     def _wait_until(self, place: int, leaves: list[jax.Array]) -> Flight:
@@ -256,9 +258,9 @@ class _Trip:
             raise ValueError(f"layer: expected one of {tuple(self.layers)}, got {number}")
         return self.layers.index(number)
 
-    def arrays_of(self, layer: Any) -> dict[str | None, int]:
+    def arrays_at(self, place: int) -> dict[str | None, int]:
         """The numbers of the arrays of a layer that is apart, by name."""
-        return {name: i for i, (at, name) in enumerate(self.keys) if at == layer}
+        return {name: i for i, (layer, name) in enumerate(self.keys) if layer == self.layers[place]}
 
     # The start and what is behind the last wait call these when they are lowered. JAX has dropped by then what nothing
     # uses.

@@ -16,7 +16,7 @@ from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, int_array, i
 from jax_kvpool.calls import fenced
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
-from jax_kvpool.id_arrays import PageIds, padded_size
+from jax_kvpool.id_arrays import PageIds, padded_size, page_pairs
 from jax_kvpool.layout import Layout
 from jax_kvpool.ops import load, read_only_store, store
 
@@ -202,9 +202,10 @@ class Mover:
     def _store(self, arrays: tuple[Any, ...], host: HostPool, token: jax.Array, first: Any, second: Any) -> jax.Array:
         return read_only_store(self._pool(arrays), host, first, second, token)
 
-    def _inside(self, op: Any, arrays: Any, host: HostPool, device_pages: Any, host_pages: Any) -> Any:
+    def _inside(self, op: Any, arrays: Any, host: HostPool, device_page_ids: PageIds, host_page_ids: PageIds) -> Any:
         leaves = self._leaves(arrays)
-        if not len(host_pages) and not len(device_pages):
+        device_pages, host_pages = page_pairs("device_pages", device_page_ids, "host_pages", host_page_ids)
+        if not device_pages.size:
             return arrays
 
         def move(used: tuple[Any, ...], host: HostPool, *ids: Any) -> tuple[Any, ...]:

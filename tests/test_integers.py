@@ -22,12 +22,14 @@ from jax_kvpool import (
     HostMemory,
     HostPool,
     Layout,
+    Mover,
     PageAllocator,
     PageSpec,
     PageStatus,
     Slab,
     Tuning,
     _cpu,
+    begin,
     copy_pages,
     host_ids,
     load,
@@ -250,6 +252,47 @@ class Door:
     takes: tuple = ()
 
 
+def program_of_flight(layer=1, put=1, **options):
+    def step(device, host):
+        flight, x = begin(jnp.int32(0), device, host, **options)
+        flight, kv = flight.wait(layer, x)
+        return flight.put(put, kv).end(x)
+
+    pools = DevicePool.create(SPEC, 5), HostPool.create(SPEC, 6)
+    return jax.jit(step).lower(*pools).as_text()
+
+
+def a_mover():
+    """A mover, its arrays, all of which differ, and its host pool; never traced."""
+    with jax.ensure_compile_time_eval():
+        host, pool = filled_host(), DevicePool.create(SPEC, 5)
+        pool = pool.with_flat_arrays([jnp.full_like(a, i + 1) for i, a in enumerate(pool.flat_arrays())])
+        return Mover(pool.arrays, host), pool.arrays, host
+
+
+def moved(how, device_pages, host_pages):
+    """Every page of both pools."""
+    mover, arrays, host = a_mover()
+    if how == "store":
+        mover.store(arrays, device_pages, host_pages).wait()
+    else:
+        arrays, transfer = mover.load(arrays, device_pages, host_pages)
+        transfer.wait()
+    return jax.tree.map(lambda a: np.asarray(a).tolist(), arrays), host.memories[0].view().tobytes()
+
+
+def compiled_by_mover(max_pages):
+    mover, *_ = a_mover()
+    mover.compile(max_pages)
+    return sorted(mover._programs)
+
+
+def moved_inside(how, device_pages, host_pages):
+    mover, arrays, host = a_mover()
+    op = getattr(mover, how)
+    return jax.jit(lambda arrays, host: op(arrays, host, device_pages, host_pages)).lower(arrays, host).as_text()
+
+
 DOORS = {
     "Slab(layer)": Door(lambda n: Slab("k", n, (2,), "int8")),
     "Slab(shape)": Door(lambda n: Slab("k", 0, (2, n), "int8")),
@@ -315,6 +358,20 @@ DOORS = {
     "run_layers(load)": Door(lambda n: program_of_layers(load=([1], [n])), name=r"load\[1\]"),
     "run_layers(store)": Door(lambda n: program_of_layers(store=([n], [1])), name=r"store\[0\]"),
     "run_layers(max_blocks)": Door(lambda n: program_of_layers(max_blocks=n), takes=(None,)),
+    "begin(load)": Door(lambda n: program_of_flight(load=([1], [n])), name=r"load\[1\]"),
+    "begin(store)": Door(lambda n: program_of_flight(store=([n], [1])), name=r"store\[0\]"),
+    "begin(max_blocks)": Door(lambda n: program_of_flight(max_blocks=n), takes=(None,)),
+    "Flight.wait(layer)": Door(lambda n: program_of_flight(layer=n), 1),
+    "Flight.put(layer)": Door(lambda n: program_of_flight(put=n), 1),
+    "Mover.load(device_pages)": Door(lambda n: moved("load", [1, n], [1, 2])),
+    "Mover.load(host_pages)": Door(lambda n: moved("load", [1, 2], [1, n])),
+    "Mover.store(device_pages)": Door(lambda n: moved("store", [1, n], [1, 2])),
+    "Mover.store(host_pages)": Door(lambda n: moved("store", [1, 2], [1, n])),
+    "Mover.compile(max_pages)": Door(compiled_by_mover),
+    "Mover.loaded(device_pages)": Door(lambda n: moved_inside("loaded", [1, n], [1, 2])),
+    "Mover.loaded(host_pages)": Door(lambda n: moved_inside("loaded", [1, 2], [1, n])),
+    "Mover.stored(device_pages)": Door(lambda n: moved_inside("stored", [1, n], [1, 2])),
+    "Mover.stored(host_pages)": Door(lambda n: moved_inside("stored", [1, 2], [1, n])),
     "host_ids(pages)": Door(lambda n: np.asarray(host_ids([1, n])).tolist()),
     **{
         f"Tuning({field.name})": Door(lambda n, name=field.name: dataclasses.replace(H100, **{name: n}))
@@ -339,6 +396,7 @@ DOORS = {
 NO_DOORS = {
     "HostMemory(progress)",  # is called with ints
     "Tuning.of_link(bytes_per_second)",  # a speed
+    "Flight(next_place)",  # which `begin` makes
 }
 OF_SECONDS = {"MooncakeStore(timeout)", "MooncakeStore(retry_s)"}
 
@@ -395,7 +453,7 @@ def test_refused_by_name(door):
 
 
 @pytest.mark.parametrize(
-    "door", [door for door in DOORS if not re.search(r"^(load|store|run_layers).*(layer|max)", door)]
+    "door", [door for door in DOORS if not re.search(r"^(load|store|run_layers|begin).*(layer|max)", door)]
 )
 def test_traced_values_are_refused_by_name(door):
     name = DOORS[door].name or re.search(r"\((.*)\)", door)[1]
