@@ -146,6 +146,7 @@ def main() -> None:
     option("--seconds", type=float, default=175.0, help="of each way (default: 175)")
     option("--files", help="the directory of the FileStore (default: a temporary one)")
     option("--files-gb", type=float, default=40.0, help="its max_bytes (default: 40)")
+    option("--tiers", nargs="+", type=int, default=[1, 2, 3], help="which ways: 1, 2 or 3 tiers (default: all)")
     option("--json", type=Path, help="a file to write the rows to")
     args = parser.parse_args()
     config = MODELS["tiny"] if args.small else dataclasses.replace(MODELS["8b"], prefill_tokens=2048)
@@ -170,7 +171,7 @@ def main() -> None:
             "device, host": (args.host_pages, {}),
             "device, host, files": (args.host_pages, {"open_stores": open_stores, "store_seconds": 1.0}),
         }
-        for way, (host_pages, options) in ways.items():
+        for way, (host_pages, options) in [[*ways.items()][tiers - 1] for tiers in args.tiers]:
             begin = time.perf_counter()
             server = TimedServer(config, params, page_size, longest, args.device_pages, host_pages, **options)
             print(f"{way}: ready after {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)

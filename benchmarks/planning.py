@@ -4,8 +4,9 @@
     python benchmarks/planning.py --pages 100000
 
 Requests of 100 pages. `match`: a prompt that is there, opened and looked up. `hit`: all of a request, from `open` to
-`release`, all of whose pages are there. `miss`: none is, and for each page another one is evicted. `worst`: the longest
-call of all, without the time for its own pages at the median's rate, with the garbage collector on.
+`release`, all of whose pages are there. `miss`: none is, and for each page another one is evicted. `stored`: the same
+over a host pool of twice as many pages that is full, too: for each page one is stored there, and one evicted there.
+`worst`: the longest call of all, without the time for its own pages at the median's rate, garbage collector on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_kvpool import DEVICE_LAYOUTS, DevicePool, PageSpec
+from jax_kvpool import DEVICE_LAYOUTS, HOST_LAYOUTS, DevicePool, HostPool, PageSpec
 from jax_kvpool.cache import KVCache
 
 PAGE_TOKENS, PAGES = 64, 100
@@ -66,6 +67,14 @@ def serve(cache: KVCache, tokens: np.ndarray, num_cached: int | None = None) -> 
     return timed
 
 
+def one_miss(cache: KVCache, tokens: np.ndarray) -> tuple[float, list[float]]:
+    """A request of which nothing is there, as a multiple of the chain, and the seconds of its calls."""
+    timed = Timed()
+    timed("bare", bare_chain, tokens)
+    miss = serve(cache, tokens, 0)
+    return miss.last() / timed.last(), [max(of_call) for of_call in miss.seconds.values()]
+
+
 def measure(num_pages: int, rng: np.random.Generator) -> dict[str, float]:
     spec = PageSpec.uniform(PAGE_TOKENS, 1, {"kv": ((), "uint8")})
     # A pool without arrays: the planner asks only for its number of pages.
@@ -76,7 +85,7 @@ def measure(num_pages: int, rng: np.random.Generator) -> dict[str, float]:
 
     known = [prompt() for _ in range(num_pages // PAGES - 1)]
     worst = [max(of_call) for tokens in known for of_call in serve(cache, tokens, 0).seconds.values()]
-    ratios: dict[str, list[float]] = {"match": [], "hit": [], "miss": []}
+    ratios: dict[str, list[float]] = {"match": [], "hit": [], "miss": [], "stored": []}
     for i in rng.integers(0, len(known), ROUNDS).tolist():
         timed = Timed()
         timed("bare", bare_chain, known[i])
@@ -86,11 +95,18 @@ def measure(num_pages: int, rng: np.random.Generator) -> dict[str, float]:
         ratios["hit"].append(hit.last() / bare)
         worst += [max(of_call) for of_call in hit.seconds.values()]
     for _ in range(ROUNDS):
-        tokens, timed = prompt(), Timed()
-        timed("bare", bare_chain, tokens)
-        miss = serve(cache, tokens, 0)
-        ratios["miss"].append(miss.last() / timed.last())
-        worst += [max(of_call) for of_call in miss.seconds.values()]
+        miss_ratio, calls = one_miss(cache, prompt())
+        ratios["miss"].append(miss_ratio)
+        worst += calls
+    # Over a host pool, all of whose pages are taken, too.
+    device = DevicePool(None, spec, DEVICE_LAYOUTS["per_layer"], num_pages)
+    cache = KVCache(device, HostPool(None, spec, HOST_LAYOUTS["page_first"], 2 * num_pages))
+    for _ in range(3 * num_pages // PAGES):
+        serve(cache, prompt(), 0)
+    for _ in range(ROUNDS):
+        stored_ratio, calls = one_miss(cache, prompt())
+        ratios["stored"].append(stored_ratio)
+        worst += calls
     return {name: statistics.median(of_all) for name, of_all in ratios.items()} | {
         "worst ms": 1e3 * (max(worst) - statistics.median(worst))
     }
@@ -113,10 +129,11 @@ def main() -> None:
     parser.add_argument("--pages", type=int, nargs="+", default=[10_000, 1_000_000])
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    print(f"{'pages':>10}  {'match':>6}  {'hit':>6}  {'miss':>6}  {'worst ms':>8}")
+    print(f"{'pages':>10}  {'match':>6}  {'hit':>6}  {'miss':>6}  {'stored':>6}  {'worst ms':>8}")
     for num_pages in args.pages:
         row = measure(num_pages, rng)
-        print(f"{num_pages:>10,}  {row['match']:6.2f}  {row['hit']:6.2f}  {row['miss']:6.2f}  {row['worst ms']:8.2f}")
+        numbers = "  ".join(f"{row[name]:6.2f}" for name in ("match", "hit", "miss", "stored"))
+        print(f"{num_pages:>10,}  {numbers}  {row['worst ms']:8.2f}")
     print(f"{bytes_a_page(100_000, rng):.0f} bytes a page")
 
 

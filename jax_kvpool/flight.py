@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import get_opaque_trace_state
 
 from jax_kvpool._check import checked_int, is_staging, shown
 from jax_kvpool._debug import watch
@@ -149,7 +150,7 @@ class Flight:
         flight = self._wait_until(place, leaves)
         return flight, flight._kv(place)
 
-    def wait_for_next(self, x: Any) -> tuple[Flight, Any]:
+    def _wait_for_next(self, x: Any) -> tuple[Flight, Any]:
         """`wait`, in a scan over stacked layers that has them in their order."""
         flight = self._wait_for_any([jnp.asarray(leaf) for leaf in jax.tree.leaves(x)])
         return flight, flight._kv()
@@ -173,8 +174,14 @@ class Flight:
 
     def end(self, x: X) -> tuple[X, DevicePool]:
         """Waits, once `x` is there, for whatever is still under way: returns `(x, device)`, `x` as it is, and the pool
-        to go on with. Use one of them or both."""
+        to go on with. Use one of them or both. Raises `ValueError` inside of a loop, branch or jitted function that the
+        flight did not begin in: it might not come to run."""
         trip = self._under_way()
+        if get_opaque_trace_state() != trip.began_in:  # type: ignore[no-untyped-call]
+            raise ValueError(
+                "flight: expected its end in the function that it began in, got one inside of another that JAX traces "
+                "(scan, cond, jit)"
+            )
         leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, x))
         if trip.is_stacked:  # of a loop nobody knows here how often it has waited
             flight = self._wait_for_any(leaves, num_ends=2)
@@ -246,6 +253,7 @@ class _Trip:
         self.keys: Final = device.placement.array_keys
         structure = jax.tree.map(lambda _: 0, device.arrays)
         self.device: Final = DevicePool(structure, device.spec, device.layout, device.num_pages)
+        self.began_in: Final = get_opaque_trace_state()  # type: ignore[no-untyped-call]
         self.arrive: Callable[[DevicePool], DevicePool] | None = arrive  # until the end
         # One wait for each stage, or in a loop two for each layer.
         waits = [at for at, layers in enumerate(self.stages) for _ in (2 * layers if self.is_stacked else [0])]

@@ -107,7 +107,7 @@ def _run_apart(apply_layer: Any, layers: Sequence[int], flight: Flight, x: Any) 
 def _run_stacked(apply_layer: Any, layers: Sequence[int], flight: Flight, x: Any) -> tuple[Flight, Any]:
     def body(carry: tuple[Flight, Any], layer: jax.Array) -> tuple[tuple[Flight, Any], None]:
         flight, x = carry
-        flight, kv = flight.wait_for_next(x)
+        flight, kv = flight._wait_for_next(x)
         x, kv = _checked(apply_layer, layer, x, kv)
         return (flight.put(layer, kv), x), None
 

@@ -216,6 +216,58 @@ def test_a_flight_that_leaves_its_program():
         jax.jit(lambda x, d, h: begin(x, d, h, load=IDS))(jnp.int32(0), *pools())
 
 
+def test_an_end_elsewhere():
+    """In a branch it might not run, and copies would go on when the program is over."""
+
+    def in_a_branch(x, device, host):
+        flight, x = begin(x, device, host, load=IDS)
+        return jax.lax.cond(x > 0, lambda flight: flight.end(x)[0], lambda _: x, flight)
+
+    def in_a_jit(x, device, host):
+        flight, x = begin(x, device, host, load=IDS)
+        return jax.jit(lambda flight, x: flight.end(x))(flight, x)
+
+    def in_a_scan(x, device, host):
+        flight, x = begin(x, device, host, load=IDS)
+        return jax.lax.scan(lambda x, _: (flight.end(x)[0], None), x, length=2)
+
+    def begun_in_a_jit(x, device, host):
+        flight, x = jax.jit(lambda x, device, host: begin(x, device, host, load=IDS))(x, device, host)
+        return flight.end(x)
+
+    for step in (in_a_branch, in_a_jit, in_a_scan, begun_in_a_jit):
+        with pytest.raises(ValueError, match="flight: expected its end in the function that it began in"):
+            jax.jit(step)(jnp.int32(0), *pools("stacked"))
+
+
+def test_a_wait_in_a_branch(device):
+    """Layers that only the running step skips: the waits behind are no longer those of their layers."""
+    pool, _, host = random_pools(SPECS["gqa"], "stacked", device, np.random.default_rng(8))
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(x, device, host, skipped):
+        def body(carry, layer):
+            def used(flight, x):
+                flight, kv = flight.wait(layer, x)
+                return flight.put(layer, kv), x + jnp.sum(kv["k"][layer])
+
+            flight, x = carry
+            return jax.lax.cond(layer == skipped, lambda flight, x: (flight, x), used, flight, x), None
+
+        flight, x = begin(x, device, host, load=IDS)
+        (flight, x), _ = jax.lax.scan(body, (flight, x), jnp.arange(LAYERS, dtype=jnp.int32))
+        return flight.end(x)
+
+    x = jax.device_put(np.int32(0), device)
+    x, pool = jax.block_until_ready(step(x, pool, host, np.int32(-1)))
+    x, pool = jax.block_until_ready(step(x, pool, host, np.int32(LAYERS - 1)))  # the end waits for the last one
+    if device.platform == "gpu":
+        x, pool = step(x, pool, host, np.int32(1))
+        jax.block_until_ready(pool)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another order than theirs"):
+        jax.block_until_ready(step(x, pool, host, np.int32(1)))
+
+
 @pytest.mark.parametrize("used", ["x", "an array", "nothing"])
 def test_jax_keeps_all_of_it_or_nothing(used):
     def step(device, host):

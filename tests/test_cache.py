@@ -184,7 +184,7 @@ def ready_where_landed_is_asked(patch):
 def a_get_into_a_page_that_a_step_reads(patch):
     def take(self, num):
         pages = [self._free_host.pop() for _ in range(min(num, len(self._free_host)))]
-        return pages + self._evict_from_host(num - len(pages), self.touched, 10**9)
+        return pages + self._evict_from_host(num - len(pages), self.touched, 10**9).tolist()
 
     patch.setattr(HostTier, "take_idle", take)
 

@@ -116,11 +116,13 @@ class HostTier:
         """Gives pages, which the open step stores into, to as many of these entries as there is room for."""
         if self._second:
             entries = entries[self._uses[entries] >= 2]
-        pages = [self._free_host.pop() for _ in range(min(len(entries), len(self._free_host)))]
-        if missing := len(entries) - len(pages):
+        free = [self._free_host.pop() for _ in range(min(len(entries), len(self._free_host)))]
+        targets = np.array(free, np.int32)
+        if missing := len(entries) - len(free):
             # A page that a plan before this one's dispatch stores is nobody's target yet.
-            pages += self._evict_from_host(missing, self.stored, self.dispatched)
-        entries, targets = entries[: len(pages)], np.array(pages, np.int32)
+            evicted = self._evict_from_host(missing, self.stored, self.dispatched)
+            targets = np.concatenate([targets, evicted]) if free else evicted
+        entries = entries[: len(targets)]
         self.host_page[entries] = targets
         self.entry_of[targets] = entries
         self.stored[targets] = self.touched[targets] = self.open
@@ -133,7 +135,8 @@ class HostTier:
         pages = list[int]()
         while len(pages) < num and self._free_host and self.touched[self._free_host[0]] <= self.landed:
             pages.append(self._free_host.popleft())
-        return pages + self._evict_from_host(num - len(pages), self.touched, self.landed)
+        evicted: list[int] = self._evict_from_host(num - len(pages), self.touched, self.landed).tolist()
+        return pages + evicted
 
     def give(self, pages: Iterable[int]) -> None:
         """To the end of the free ones: the first is the one that was touched longest ago."""
@@ -193,27 +196,27 @@ class HostTier:
             return
         pages = self.host_page[entries]
         may_go = (pages >= 0) & (self.pins[entries] == 0)
+        if not may_go.any():
+            return
         if self.held:
             may_go &= ~np.isin(pages, [*self.held])
         self.host.add(entries[may_go])
-        self.to_save += self.host.cool().tolist()
+        if self._saves:
+            self.to_save += self.host.cool().tolist()
 
-    def _evict_from_host(self, num: int, steps: npt.NDArray[np.int64], last: int) -> list[int]:
+    def _evict_from_host(self, num: int, steps: npt.NDArray[np.int64], last: int) -> Pages:
         """Frees the pages of the least recently used entries, at most so many, as far as their steps are not after the
         last one."""
-        if num <= 0:
-            return []
-        entries = self.host.oldest(num)
+        entries = self.host.oldest(max(num, 0))
         is_after = steps[self.host_page[entries]] > last
         entries = entries[: int(is_after.argmax()) if is_after.any() else num]
         if not len(entries):
-            return []
+            return np.empty(0, np.int32)
         self.metrics.evicted["host"] += len(entries)
         self.metrics.unused["host"] += int(np.count_nonzero(self._uses[entries] < 2))
         self.metrics.unsaved["host"] += int(np.count_nonzero(~self.is_saved[entries])) if self._saves else 0
         self.tell("removed", "host", entries)
-        pages: list[int] = self._take_pages_of(entries).tolist()
-        return pages
+        return self._take_pages_of(entries)
 
     def _take_pages_of(self, entries: Entries) -> Pages:
         self.host.discard(entries)

@@ -102,6 +102,8 @@ class Index:
         """Each of them has a copy less. Those that have none any more are forgotten."""
         self.copies[entries] -= 1
         gone = entries[self.copies[entries] == 0]
+        if not len(gone):
+            return
         self.hide(gone)
         self._unused[self._num_unused : self._num_unused + len(gone)] = gone
         self._num_unused += len(gone)
@@ -188,9 +190,9 @@ def _serial_of_root(root: bytes) -> int:
 class Recency:
     """Entries of a tier that may go, the least recently used one first. O(1) an entry, many at once.
 
-    They stand at the places `_begin` up to `_end`, which only grow, of a ring of twice as many. Who leaves from the
-    midst leaves a hole; when there are too many, each `add` moves some entries together: `_packed` up to `_rest` is
-    empty, and what lies before has been seen.
+    They stand at the places `_begin` up to `_end`, which only grow, of a ring of at least twice as many. Who leaves
+    from the midst leaves a hole; when there are too many, each `add` moves some entries together: `_packed` up to
+    `_rest` is empty, and what lies before has been seen.
 
     Its cold part are the oldest ones, about `share` of all: those that should have a copy in the tier below before they
     have to go. `cool` says which have become so.
@@ -199,7 +201,8 @@ class Recency:
     def __init__(self, capacity: int, num_pages: int, share: float) -> None:
         """Of entries below `capacity`, at most `num_pages` at once."""
         self._share = share
-        self._ring = _full(2 * num_pages + 256, -1)
+        self._mask = (1 << (2 * num_pages + 256).bit_length()) - 1  # & is quicker than %
+        self._ring = _full(self._mask + 1, -1)
         self._place = _full(capacity, -1, np.int64)  # of an entry; -1: it is not in it
         self._begin = self._packed = self._rest = self._cold = self._end = 1 << 40  # add_oldest goes down
         self._num = self._num_cold = 0
@@ -230,7 +233,7 @@ class Recency:
         places = self._place[entries]
         places = places[places >= 0]
         if len(places):
-            self._ring[places % len(self._ring)] = -1
+            self._ring[places & self._mask] = -1
             self._place[entries] = -1
             self._num -= len(places)
             self._num_cold -= int(np.count_nonzero(places < self._cold))
@@ -266,7 +269,7 @@ class Recency:
                 place = self._rest
             end = min(place + step, self._packed if place < self._packed else self._end)
             step *= 2
-            at = self._ring[np.arange(place, end) % len(self._ring)]
+            at = self._ring[np.arange(place, end) & self._mask]
             is_there = np.flatnonzero(at >= 0)[:num]
             num -= len(is_there)
             found.append(at[is_there].astype(np.intp))
@@ -281,7 +284,7 @@ class Recency:
 
     def _put(self, entries: Entries, begin: int) -> None:
         places = np.arange(begin, begin + len(entries))
-        self._ring[places % len(self._ring)] = entries
+        self._ring[places & self._mask] = entries
         self._place[entries] = places
         self._num += len(entries)
 
@@ -289,7 +292,7 @@ class Recency:
         if self._end - self._begin <= 1.25 * self._num + 128:
             return
         begin, end = self._rest, min(self._rest + num, self._end)
-        places = np.arange(begin, end) % len(self._ring)
+        places = np.arange(begin, end) & self._mask
         at = self._ring[places]
         if begin <= self._cold <= end:
             self._cold = self._packed + int(np.count_nonzero(at[: self._cold - begin] >= 0))
