@@ -166,6 +166,8 @@ cudaError_t CheckEqual(const int32_t* value, int32_t expected, int32_t* is_diffe
 }
 
 cudaError_t PreloadCopy() {
+  cudaFuncAttributes of_check;
+  if (const cudaError_t error = cudaFuncGetAttributes(&of_check, SetIfDifferent)) return error;
   for (const int64_t access_bytes : {16, 8, 4, 2, 1}) {
     for (const Direction direction : {Direction::kLoad, Direction::kStore}) {
       const cudaError_t error = VisitKernel(access_bytes, direction, [](auto* kernel) {

@@ -7,10 +7,11 @@ import functools
 import hlo
 import jax
 import jax.numpy as jnp
+import loops
 import numpy as np
 import pytest
 
-from jax_kvpool import DEVICE_LAYOUTS, DevicePool, PageSpec, choice, flight, load, ops, run_layers, store, tuning
+from jax_kvpool import DEVICE_LAYOUTS, DevicePool, PageSpec, begin, choice, flight, load, ops, run_layers, store, tuning
 
 pytestmark = pytest.mark.skipif(hlo.missing() is not None, reason=str(hlo.missing()))
 
@@ -90,7 +91,7 @@ def test_scan_over_layers(mesh, layout):
 LAYERS, GEMMS = 4, 2
 
 
-def layers_beside_copies(mesh, layout):
+def layers_beside_copies(mesh, layout, loop="run_layers"):
     """A program whose layers have GEMMs, write to their arrays, and read them."""
     pool, host = hlo.abstract_pools(SPEC, mesh, layout, num_device_pages=PAGES)
     sharding = host.array.sharding
@@ -107,7 +108,7 @@ def layers_beside_copies(mesh, layout):
             read = [a[(*at, i)].reshape(-1, 1024)[:1] for a in kv.values()]
             return x + read[0] * read[1], kv
 
-        return run_layers(apply_layer, x, pool, host, load=(i, j), store=(i, j))
+        return loops.LOOPS[loop](apply_layer, x, pool, host, load=(i, j), store=(i, j))
 
     return hlo.compile_for_h100(function, pool, host, ids, ids, x, weights)
 
@@ -147,13 +148,21 @@ def misplaced_waits(text):
     return found
 
 
-@pytest.mark.parametrize("layout", ["per_layer", "stacked"])
-def test_layers_beside_copies(mesh, layout, mover, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "loop"),
+    [
+        ("per_layer", "run_layers"),
+        ("stacked", "run_layers"),
+        ("per_layer", "begin"),
+        ("stacked", "begin in a scan"),
+    ],
+)
+def test_layers_beside_copies(mesh, layout, loop, mover, monkeypatch):
     """No copy of a pool, the start before any GEMM of the model, and the waits where they belong."""
     if mover != "kernel":  # a compile-only device has no memory spaces: as if the ids were in host memory
         for module in (choice, ops):
             monkeypatch.setattr(module, "is_on_host", lambda pages: True)
-    text = layers_beside_copies(mesh, layout)
+    text = layers_beside_copies(mesh, layout, loop)
     program = hlo.Program(text)
     assert hlo.copies_of(text, PAGES * 16 * 1024) == [] and program.broken_calls() == []
     # The start in a loop of two; the wait of a scan in its loop, and its end; else a wait for each of four stages.
@@ -188,6 +197,23 @@ def test_misplaced_waits_are_seen(mesh, monkeypatch, mutant, layout):
     monkeypatch.setattr(flight, "_wait", functools.partial(mutant, real))
     text = layers_beside_copies(mesh, layout)
     assert misplaced_waits(text) or hlo.copies_of(text, PAGES * 16 * 1024)
+
+
+@pytest.mark.usefixtures("mover")
+@pytest.mark.parametrize("mover", ["kernel"], indirect=True)
+def test_an_engine_that_does_not_pass_x_is_seen(mesh, monkeypatch):
+    """Why `wait` takes it."""
+
+    def heedless(apply_layer, x, device, host, **pairs):
+        flight, x = begin(x, device, host, **pairs)
+        for layer in device.spec.layers:
+            flight, kv = flight.wait(layer, ())
+            x, kv = apply_layer(layer, x, kv)
+            flight = flight.put(layer, kv)
+        return flight.end(x)
+
+    monkeypatch.setitem(loops.LOOPS, "begin", heedless)
+    assert misplaced_waits(layers_beside_copies(mesh, "per_layer", "begin"))
 
 
 # ---- Slices and updates beside a call: XLA's dynamic-slice fusion must not reach into it (calls.fenced) ----
