@@ -135,7 +135,8 @@ def test_stores_come_one_after_the_other(device):
 def test_stores_without_a_token_are_seen(monkeypatch):
     """The mutant: on a CPU, programs of two threads that do not depend on each other run as they like."""
     monkeypatch.setattr(Mover, "_last_token", lambda self: self._zeros)
-    assert two_stores_of_one_page(jax.devices("cpu")[0]) == (False, {1.0})
+    # (Unless this thread was held up for longer than the slow step takes.)
+    assert any(two_stores_of_one_page(jax.devices("cpu")[0]) == (False, {1.0}) for _ in range(5))
 
 
 def landed_when_done(device, op):
@@ -161,14 +162,17 @@ def landed_when_done(device, op):
 
 @pytest.mark.parametrize("op", ["store", "load"])
 def test_done_is_done(device, op):
-    assert landed_when_done(device, op) == (False, {3.0} if op == "store" else {7.0})
+    tries = [landed_when_done(device, op) for _ in range(3)]
+    assert all(found == ({3.0} if op == "store" else {7.0}) for _, found in tries)
+    assert not all(was_done for was_done, _ in tries)
 
 
 @pytest.mark.parametrize("op", ["store", "load"])
 def test_a_host_page_that_is_used_too_early_is_seen(device, op, monkeypatch):
     """The mutant: a transfer that says it is done while it is not."""
     monkeypatch.setattr(Transfer, "done", lambda self: True)
-    assert landed_when_done(device, op) != (False, {3.0} if op == "store" else {7.0})
+    expected = {3.0} if op == "store" else {7.0}
+    assert any(landed_when_done(device, op)[1] != expected for _ in range(5))
 
 
 def test_a_store_then_a_step_that_donates(device):
