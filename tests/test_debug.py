@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvpool import DevicePool, HostPool, PageSpec, load, run_layers, store
+from jax_kvpool import DevicePool, HostPool, PageSpec, begin, load, run_layers, store
 
 SPEC = PageSpec.uniform(4, 2, {"k": ((2, 8), "float32"), "v": ((2, 8), "float32")})
 LAYOUTS = ["per_layer", "stacked"]
@@ -85,6 +85,14 @@ def beside(pool, host, source, target):
     return pool.with_arrays(jax.tree.map(lambda a: a.at[0].multiply(x), pool.arrays))
 
 
+def in_a_loop_of_ones_own(pool, host, source, target):
+    flight, x = begin(jnp.zeros(()), pool, host, load=(target, source), store=(source, target))
+    for layer in SPEC.layers:
+        flight, kv = flight.wait(layer, x)
+        flight = flight.put(layer, jax.tree.map(lambda a: a.at[..., 0].add(1), kv))
+    return flight.end(x)[1]
+
+
 def by_layer(pool, host, source, target):
     for layer in SPEC.layers:
         pool = grown(load(pool, host, target, source, layer=layer))
@@ -101,6 +109,7 @@ RIGHT = [
     choosing,
     nested,
     beside,
+    in_a_loop_of_ones_own,
     by_layer,
 ]
 
