@@ -135,8 +135,9 @@ class Flight:
         """Waits, once `x` is there, until the layer's pages are: returns `(flight, kv)`.
 
         Layers come in their order; some may be left out. Another order is a `ValueError`; of a traced `layer`, the
-        running step fails, or, on a GPU, the next one that begins a flight. `x`: what the layer computes with, a pytree
-        of arrays; without it, XLA would wait before the layers in front have been computed.
+        running step fails, or, on a GPU, which alone knows it, the first flight that begins after it has run. `x`: what
+        the layer computes with, a pytree of arrays; without it, XLA would wait before the layers in front have been
+        computed.
         """
         trip, leaves = self._under_way(), [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
         if isinstance(layer, jax.core.Tracer) and trip.is_stacked:
