@@ -23,6 +23,7 @@ from jax_kvpool.layout import (  # noqa: E402
 )
 from jax_kvpool.memory import HostMemory  # noqa: E402
 from jax_kvpool.mover import Mover, Transfer  # noqa: E402
+from jax_kvpool.offload import Offloader  # noqa: E402
 from jax_kvpool.ops import PageStatus, copy_pages, load, page_status, store  # noqa: E402
 from jax_kvpool.overlap import run_layers  # noqa: E402
 from jax_kvpool.page_ids import host_ids  # noqa: E402
@@ -40,6 +41,7 @@ __all__ = [
     "HostPool",
     "Layout",
     "Mover",
+    "Offloader",
     "OutOfPagesError",
     "PageAllocator",
     "PageSpec",

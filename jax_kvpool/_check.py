@@ -124,6 +124,14 @@ def int_array(name: str, values: Any, expected: str) -> npt.NDArray[Any]:
     return array if array.size else np.zeros(0, np.int64)
 
 
+def int32_array(name: str, values: Any) -> npt.NDArray[Any]:
+    """`int_array`, of page ids, which are then safe to be cast to int32. Raises `ValueError` for others."""
+    ids = int_array(name, values, "a list or a 1-D array of integers")
+    if ids.dtype != np.int32 and not is_within(ids, -MAX_INT32 - 1, MAX_INT32):
+        raise ValueError(f"{name}: expected int32, got {ids.min()} to {ids.max()}")
+    return ids
+
+
 def is_within(numbers: npt.NDArray[Any], minimum: int, maximum: int) -> bool:
     """Whether all of them are, whatever their dtype."""
     return not numbers.size or (minimum <= int(numbers.min()) and int(numbers.max()) <= maximum)

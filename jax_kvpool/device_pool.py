@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvpool._check import MAX_INT32, checked_int, shown, structure
+from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, shown, structure
 from jax_kvpool._devices import device_or_sharding
 from jax_kvpool.layout import DEVICE_LAYOUTS, Layout, PageSpec, Placement, Slab, check_spec, named_layout
 
@@ -68,6 +68,30 @@ class DevicePool:
         pool = cls(arrays, spec, layout, _num_pages(leaves[index], key, spec, layout))
         pool.flat_arrays()
         return pool
+
+    @classmethod
+    def of_layers(cls, arrays: Mapping[str, Sequence[Any]]) -> Self:
+        """`wrap`, with the spec that the arrays have, for who has no other: `{"k": [layer 0, layer 1, ...], "v": ...}`,
+        each `(num_pages, page_size, *shape)` with the shape of a token.
+
+        Raises: as `wrap`; `TypeError` for another structure, `ValueError` for several page sizes.
+        """
+        checked_kind("arrays", arrays, Mapping, "a name has a list of arrays, one a layer")
+        slabs, page_sizes = list[Slab](), set[int]()
+        for name, layers in arrays.items():
+            for layer, array in enumerate(checked_kind(f"arrays[{name!r}]", layers, list, "one array a layer")):
+                if array is None:
+                    continue
+                shape = _local_shape(array, f"arrays[{name!r}][{layer}]")
+                if len(shape) < 2:
+                    raise ValueError(
+                        f"arrays[{name!r}][{layer}]: expected (num_pages, page_size, ...), got {_text(array)}"
+                    )
+                page_sizes.add(shape[1])
+                slabs.append(Slab(name, layer, shape[2:], array.dtype))
+        if len(page_sizes) != 1:
+            raise ValueError(f"arrays: expected pages of one size, got {sorted(page_sizes) or 'no array'}")
+        return cls.wrap(arrays, PageSpec(tuple(slabs), page_sizes.pop()))
 
     @classmethod
     def create(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, int_array, is_within, shown
+from jax_kvpool._check import MAX_INT32, checked_int, checked_kind, int32_array, shown
 from jax_kvpool.calls import fenced
 from jax_kvpool.device_pool import DevicePool
 from jax_kvpool.host_pool import HostPool
@@ -23,11 +23,20 @@ from jax_kvpool.ops import load, read_only_store, store
 __all__ = ["Mover", "Transfer"]
 
 
+@jax.tree_util.register_pytree_node_class
 class Transfer:
-    """A copy that was dispatched. Asked from any thread, also when the arrays have long been donated to a step."""
+    """A copy that was dispatched. Asked from any thread, also when the arrays have long been donated to a step. A
+    pytree of one small array, so it can be a step's output for `KVCache.dispatched`."""
 
     def __init__(self, result: Any) -> None:
         self._result = result  # an array that nobody donates
+
+    def tree_flatten(self) -> tuple[tuple[Any], None]:
+        return (self._result,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> Transfer:
+        return cls(*children)
 
     def done(self) -> bool:
         """Whether it is over on all devices of this process; what it copied is there, unless `wait` raises."""
@@ -155,7 +164,7 @@ class Mover:
 
     def _ids(self, device_pages: npt.ArrayLike, host_pages: npt.ArrayLike) -> tuple[Any, Any] | None:
         """As the programs take them; None if there are none."""
-        first, second = _int32("device_pages", device_pages), _int32("host_pages", host_pages)
+        first, second = int32_array("device_pages", device_pages), int32_array("host_pages", host_pages)
         if (num := len(first)) != len(second):
             raise ValueError(f"host_pages: expected {num} ids, as device_pages has, got {len(second)}")
         if not num:
@@ -251,13 +260,6 @@ def _picker(numbers: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
     if len(numbers) == 1:
         return lambda values: (values[numbers[0]],)
     return operator.itemgetter(*numbers)
-
-
-def _int32(name: str, pages: npt.ArrayLike) -> npt.NDArray[Any]:
-    ids = int_array(name, pages, "a list or a 1-D array of integers")
-    if ids.dtype != np.int32 and not is_within(ids, -MAX_INT32 - 1, MAX_INT32):
-        raise ValueError(f"{name}: expected int32, got {ids.min()} to {ids.max()}")
-    return ids
 
 
 def _type_of(array: Any) -> Any:

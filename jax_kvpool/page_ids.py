@@ -13,7 +13,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_kvpool import _cpu
-from jax_kvpool._check import MAX_INT32, int_array, is_staging, is_within
+from jax_kvpool._check import int32_array, is_staging
 from jax_kvpool._devices import device_or_mesh
 from jax_kvpool._runtime import require_copy_engine
 from jax_kvpool.host_pool import borrow, cuda_ordinal
@@ -45,14 +45,12 @@ def host_ids(pages: npt.ArrayLike, *, device: jax.Device | None = None, mesh: Me
       RuntimeError: the driver is too old for the copy engine (CUDA 12.8), or this process was forked from one that has
         made such ids for a GPU.
     """
-    ids = int_array("pages", pages, "a list or a 1-D array of integers")
+    ids = int32_array("pages", pages)
     if is_staging():
         raise ValueError(
             "host_ids: expected to be called outside of jit, got called in a function that is being traced, whose "
             "program would have the same ids in every step: pass them to it as an argument"
         )
-    if not is_within(ids, -MAX_INT32 - 1, MAX_INT32):
-        raise ValueError(f"pages: expected int32, got {ids.min()} to {ids.max()}")
     ids = np.ascontiguousarray(ids, np.int32)
     mesh = device_or_mesh(device, mesh)
     buffer = _take(ids, cuda_ordinal(mesh.local_devices[0]))

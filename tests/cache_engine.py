@@ -294,10 +294,18 @@ class Engine:
 
     def fail(self):
         """The oldest step that is in flight, and all behind it; what they wrote is anything."""
-        moves, _ = self.in_flight[0]
+        self._fail(0, self.in_flight[0][0])
+
+    def lose(self, num_done):
+        """All that is on the device, and the steps in flight behind the first so many, which are done."""
+        for _, output in self.in_flight[num_done:]:
+            output.error = RuntimeError("a step that fails")
+        self._fail(num_done, None)
+
+    def _fail(self, num_done, moves):
         for page in range(len(self.device)):
             self.device[page] = ["lost"] * PAGE
-        for later, _ in self.in_flight:
+        for later, _ in self.in_flight[num_done:]:
             for target in later.stores[1].tolist():
                 if target >= 0:
                     self.host[target] = ["lost"] * PAGE

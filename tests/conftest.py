@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "device_count" not in (flags := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 # The CUDA plugin is to load without a GPU: it compiles for one (hlo.py).
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 # Some tests start processes that need nearly all of a GPU's memory. JAX would take 75 % of every GPU for this one.

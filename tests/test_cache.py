@@ -23,6 +23,7 @@ ACTIONS = {
     "grow": 3,
     "fork": 1,
     "fail": 0.3,
+    "lose": 0.2,
     "reset": 0.2,
     "prefetch": 6,
     "admit": 4,
@@ -104,6 +105,8 @@ class RandomRun:
             engine.fork(running)
         elif action == "fail" and engine.in_flight:
             engine.fail()
+        elif action == "lose":
+            engine.lose(rng.randint(0, len(engine.in_flight)))
         elif action == "reset":
             engine.version = str(rng.random()).encode()
             engine.cache.reset(engine.version)

@@ -374,17 +374,26 @@ class KVCache:
             self._in_flight.popleft()
         self._tiers.landed = moves.step
 
-    def failed(self, moves: Moves) -> None:
+    def failed(self, moves: Moves | None = None) -> None:
         """The step failed when it ran. Waits for all steps that were dispatched. Nothing that it or a later one wrote
         is ever matched, nor anything in the device pool; all sequences that are admitted have lost their pages and are
-        to be admitted again."""
-        self._check_in_flight(moves)
-        for _, output in self._in_flight:
+        to be admitted again.
+
+        `moves` None: of those in flight the first that has failed, if any: the engine has lost the device pool's
+        contents, or made its arrays anew.
+        """
+        step = self._tiers.dispatched + 1
+        if moves is not None:
+            self._check_in_flight(moves)
+            step = moves.step
+        for other, output in self._in_flight:
+            if output is None and moves is None:  # nobody knows how it ended
+                step = min(step, other.step)
             for leaf in jax.tree.leaves(output):
                 try:
                     leaf.block_until_ready()
                 except Exception:  # that is why we are here
-                    continue
+                    step = min(step, other.step)
         if self._host is not None:
             self._host.synchronize()
         self._in_flight.clear()
@@ -393,7 +402,7 @@ class KVCache:
             self._saving.end_all()
         for seq in list(self._running):
             self._forget(seq)
-        self._tiers.fail(moves.step)
+        self._tiers.fail(step)
 
     def reset(self, version: str | bytes) -> None:
         """Nothing that was computed before is ever matched again: the weights have changed. Sequences that are admitted
@@ -405,6 +414,11 @@ class KVCache:
         self._tiers.reset()
         for seq in self._running:
             seq._is_indexed = False
+
+    @property
+    def num_available(self) -> int:
+        """Device pages that are free or can be made so."""
+        return self._tiers.num_available()
 
     def occupancy(self) -> dict[str, float]:
         """The share of each pool's pages that are not free: held by sequences, or cached."""

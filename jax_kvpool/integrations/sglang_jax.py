@@ -18,10 +18,9 @@ import inspect
 from collections.abc import Iterable
 from typing import Any, Final
 
-import numpy as np
 from sgl_jax.srt.mem_cache import host_kv_pool
 
-from jax_kvpool import HostPool, Mover, PageSpec
+from jax_kvpool import DevicePool, HostPool, Mover
 
 __all__ = ["PinnedHostKVPool", "install", "uninstall"]
 
@@ -50,8 +49,7 @@ class PinnedHostKVPool(host_kv_pool.LRUHostKVPool):  # type: ignore[misc]
         buffers = device_pool.kv_buffer
         if buffers[0].sharding.shard_shape(buffers[0].shape)[0] < buffers[0].shape[0]:
             raise ValueError("device_pool: expected dp_size 1, got pages that are sharded over data parallel ranks")
-        _, page_size, *token = buffers[0].sharding.shard_shape(buffers[0].shape)
-        spec = PageSpec.uniform(page_size, len(buffers), {"kv": (tuple(token), str(np.dtype(self._dtype)))})
+        spec = DevicePool.of_layers({"kv": [*buffers]}).spec
         self._host = HostPool.create(spec, pool_size, mesh=self._mesh)
         self._mover = Mover(buffers, self._host, select=lambda arrays: {"kv": arrays})
 
