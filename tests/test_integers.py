@@ -23,6 +23,7 @@ from jax_kvpool import (
     HostPool,
     Layout,
     Mover,
+    Offloader,
     PageAllocator,
     PageSpec,
     PageStatus,
@@ -270,6 +271,14 @@ def a_mover():
         return Mover(pool.arrays, host), pool.arrays, host
 
 
+def offloader(host_bytes):
+    with jax.ensure_compile_time_eval():
+        made = Offloader(DevicePool.create(SPEC, 5).arrays, host_bytes)
+    seq = made.cache.open([0] * 100)
+    assert made.cache.admit(seq, 1)
+    return made
+
+
 def moved(how, device_pages, host_pages):
     """Every page of both pools."""
     mover, arrays, host = a_mover()
@@ -372,6 +381,7 @@ DOORS = {
     "Mover.loaded(host_pages)": Door(lambda n: moved_inside("loaded", [1, 2], [1, n])),
     "Mover.stored(device_pages)": Door(lambda n: moved_inside("stored", [1, n], [1, 2])),
     "Mover.stored(host_pages)": Door(lambda n: moved_inside("stored", [1, 2], [1, n])),
+    "Offloader(host_bytes)": Door(lambda n: offloader(n).cache.occupancy(), 2 * 4096),
     "host_ids(pages)": Door(lambda n: np.asarray(host_ids([1, n])).tolist()),
     **{
         f"Tuning({field.name})": Door(lambda n, name=field.name: dataclasses.replace(H100, **{name: n}))
@@ -397,6 +407,7 @@ NO_DOORS = {
     "HostMemory(progress)",  # is called with ints
     "Tuning.of_link(bytes_per_second)",  # a speed
     "Flight(next_place)",  # which `begin` makes
+    "Offloader.close(flush)",  # is that of a KVCache
 }
 OF_SECONDS = {"MooncakeStore(timeout)", "MooncakeStore(retry_s)"}
 
