@@ -90,7 +90,7 @@ LARGE = PageSpec.uniform(16, 4, {"k": ((8, 128), "float32")})
 
 def slowly(device):
     """A step that takes a while, and fills its arrays with a number; it donates them."""
-    size, rounds = (4096, 40) if device.platform == "gpu" else (512, 40)
+    size, rounds = (4096, 200) if device.platform == "gpu" else (512, 40)
     eye = jax.device_put(np.eye(size, dtype=np.float32), device)
 
     @functools.partial(jax.jit, donate_argnums=0)

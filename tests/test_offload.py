@@ -39,7 +39,8 @@ class Engine:
     def __init__(self, place, **options):
         self.caches = caches_on(place)
         page_bytes = 4096 * len({shard.device for shard in self.caches[0]["pages"].addressable_shards})
-        self.offloader = Offloader(self.caches, 20 * page_bytes, select=select, **options)
+        # By default, pages that are so few and so small are computed again on a GPU.
+        self.offloader = Offloader(self.caches, 20 * page_bytes, select=select, min_pages=1, **options)
         self.step = jax.jit(lambda caches: jax.tree.map(lambda a: a + 0, caches), donate_argnums=0)
 
     def prefill(self, tokens):
