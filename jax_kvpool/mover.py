@@ -135,7 +135,8 @@ class Mover:
             return Transfer(self._token)
 
     def compile(self, max_pages: int) -> None:
-        """Compiles the programs for up to so many pages, so that no `load` or `store` has to wait for that."""
+        """Compiles the programs for up to so many pages, so that no `load` or `store` has to wait for that. (The first
+        run of each waits on a GPU for what is running there, while CUDA loads its code.)"""
         max_pages, size = checked_int("max_pages", max_pages, 1, MAX_INT32), 0
         while size < max_pages:
             size = padded_size(size + 1)
