@@ -167,21 +167,22 @@ def test_aborted(engine_of, expected):
         assert tier.cache.num_available == 32 and not engine.scheduler.requests
 
 
-@pytest.mark.parametrize("after", [0, 5])
-def test_failed_step(engine_of, expected, monkeypatch, after):
-    """Who waits gets the error, and of what the step was to write nothing is ever found."""
+@pytest.mark.parametrize(("what", "after"), [("execute", 0), ("execute", 5), ("wait_for_execution", 0)])
+def test_failed_step(engine_of, expected, monkeypatch, what, after):
+    """Who waits gets the error, and of what the step was to write nothing is ever found; nor of a step behind it that
+    was planned already, and never runs."""
     engine = engine_of()
-    executor, calls = engine.runner.executor_manager, []
-    theirs = executor.execute
+    target, calls = (engine.runner.executor_manager if what == "execute" else engine.runner), []
+    theirs = getattr(target, what)
 
-    def fails_once(**arguments):
+    def fails_once(*args, **options):
         calls.append(0)
         if len(calls) == after + 1:
             raise RuntimeError("a step that fails")
-        return theirs(**arguments)
+        return theirs(*args, **options)
 
     with attached(engine) as tier:
-        monkeypatch.setattr(executor, "execute", fails_once)
+        monkeypatch.setattr(target, what, fails_once)
         with pytest.raises(RuntimeError, match="a step that fails"):
             answers(engine, PROMPTS[:6])
         for name in [*engine.scheduler.requests]:

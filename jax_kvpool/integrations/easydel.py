@@ -15,8 +15,6 @@ dispatches its copies in front of each step. Methods of the one engine are repla
 Written for easydel 0.3.0. Another interface is refused by name, and so is what cannot be right.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import os
@@ -59,7 +57,7 @@ def attach(
     weights: str = "",
     prefetch_seconds: float = 0.2,
     **options: Any,
-) -> HostTier:
+) -> "HostTier":
     """Gives an idle `eSurge` engine a host pool of `host_gb` * 10^9 bytes, over all its devices.
 
     Args:
@@ -94,7 +92,7 @@ class HostTier:
         self._pages = [CachePage(page) for page in range(self.num_pages)]
         self._sequences = dict[str, Sequence]()
         engine.scheduler.kv_cache_manager, engine.update_model_weights = self, self._update_model_weights
-        self._runner.initialize_kv_cache = self._initialize_kv_cache
+        self._runner.initialize_kv_cache, engine._abort_scheduler_due_to_error = self._initialize_kv_cache, self._abort
         self._runner.execute_model, self._runner.execute_model_async = (
             functools.partial(self._step, theirs)
             for theirs in (self._runner.execute_model, self._runner.execute_model_async)
@@ -108,6 +106,7 @@ class HostTier:
             self._engine.scheduler.kv_cache_manager = self._theirs
             del (
                 self._engine.update_model_weights,
+                self._engine._abort_scheduler_due_to_error,
                 self._runner.initialize_kv_cache,
                 self._runner.execute_model,
                 self._runner.execute_model_async,
@@ -191,10 +190,14 @@ class HostTier:
                 self._executor.kv_pages = self._offloader.move(self._executor.kv_pages)
             return theirs(scheduler_output)
         except BaseException as error:
-            with self._engine._scheduler_lock:
-                self.cache.failed()
-            self._engine._abort_scheduler_due_to_error(error)
+            self._abort(error)
             raise
+
+    # A plan that was made ahead may be left, and what was to write its pages never run.
+    def _abort(self, error: BaseException) -> None:
+        with self._engine._scheduler_lock:
+            self.cache.failed()
+        type(self._engine)._abort_scheduler_due_to_error(self._engine, error)
 
     # After a pause that has given the device pages back: those of the host pool are still good.
     def _initialize_kv_cache(self) -> None:
@@ -215,8 +218,10 @@ class HostTier:
 
 
 def _arrays(caches: Any) -> dict[str, list[Any]]:
-    names = _ARRAYS[type(caches.views[0]).__name__]
-    return {name: [getattr(view, theirs) for view in caches.views] for name, theirs in names.items()}
+    return {
+        name: [getattr(view, theirs) for view in caches.views]
+        for name, theirs in _ARRAYS[type(caches.views[0]).__name__].items()
+    }
 
 
 def _check(engine: Any, scheduler: Any, manager: Any, caches: Any) -> None:
