@@ -13,8 +13,8 @@ environment() {
   stamp=$({ echo "$@" "${JAX_KVPOOL_CUDA_WHEELS:-}"; "${BASE_PYTHON:-python3}" -V; command -v nvcc || true; cat pyproject.toml CMakeLists.txt cmake/* csrc/* ${EXTRA_SOURCES:-}; } | sha256sum)
   if [[ ! -e $directory/stamp || $(<"$directory/stamp") != "$stamp" ]]; then
     rm -rf "$directory"
-    "${BASE_PYTHON:-python3}" -m venv "$directory"
-    "$PYTHON" -m pip install -q "$@"
+    "${BASE_PYTHON:-python3}" -m venv "$directory" || return
+    "$PYTHON" -m pip install -q "$@" || return  # where `set -e` is off: in a condition
     echo "$stamp" >"$directory/stamp"
   fi
 }
